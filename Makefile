@@ -1,0 +1,48 @@
+# Two commands are all a newcomer needs: make demo, make test. Each builds .venv when it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# a checkout may lie anywhere and be called from anywhere: every command below runs in this folder
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+
+.PHONY: demo test test-all lint lab notebooks samples reference install clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e '.[all,test]'
+	$(BIN)/python -m kit.train.models
+	@touch $@
+
+demo: install  ## the newcomer's run: the whole chain on the sample crawl
+	$(BIN)/kit run params/demo.yaml
+
+test: install  ## lint, unit tests, every notebook, the smoke chain
+	$(MAKE) lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install  ## the same with the slow tests
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: install  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab notebooks
+
+notebooks: install  ## run every notebook on the sample and commit its outputs, cleaned
+	$(BIN)/python -m kit.refresh notebooks
+
+samples: install  ## rebuild the sample crawl, byte for byte
+	$(BIN)/python data_samples/build.py
+
+reference: install  ## after make demo: write the rates that kit estimate starts from
+	$(BIN)/kit run params/smoke.yaml -p run=tiny -p max_pages=60 -p train_languages= -p prefer_reviews=false --until 50
+	$(BIN)/python -m kit.refresh reference
+
+clean:
+	rm -rf .venv .cache lake
