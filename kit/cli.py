@@ -1,0 +1,202 @@
+"""The `kit` command. Exit status: 0 done, 1 a stage failed, 2 the words or parameters are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kit import ROOT, KitError, cost, pipeline
+from kit.lake import Lake
+from kit.params import (
+    STAGES,
+    ParamError,
+    for_stage,
+    is_list,
+    is_path,
+    known_fields,
+    load_recipe,
+    nearest,
+    validate,
+)
+from kit.show import Table
+
+COMMANDS = ("run", "status", "trace", "estimate", "doctor")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ParamError(f"{message} (kit --help shows the words)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = _Parser(prog="kit", description="From Common Crawl to a fine-tuned language model.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def recipe(sub: argparse.ArgumentParser, optional: bool = False) -> None:
+        sub.add_argument(
+            "recipe", nargs="?" if optional else None, help="flat YAML, such as params/demo.yaml"
+        )
+        sub.add_argument(
+            "-p", dest="set", metavar="NAME=VALUE", action="append", default=[], help="override one parameter"
+        )
+        sub.add_argument("--lake", help="folder or s3://…")
+
+    run = commands.add_parser("run", help="run the chain, skipping what is done")
+    recipe(run)
+    run.add_argument("--from", dest="first", metavar="NN", help="first stage")
+    run.add_argument("--until", dest="last", metavar="NN", help="last stage")
+    run.add_argument("--only", metavar="NN", help="one stage")
+    run.add_argument("--force", action="store_true", help="run again what is done")
+    status = commands.add_parser("status", help="one line a stage: done, stale, failed, missing")
+    status.add_argument(
+        "run", nargs="?", help="name of the run, or its recipe; default: every run of the lake"
+    )
+    status.add_argument("--lake", help="folder or s3://…", default="lake")
+    trace = commands.add_parser("trace", help="from a row or document back to its bytes")
+    trace.add_argument("id", help="row_id, pair_id or doc_id")
+    trace.add_argument("--run", help="name of the run; default: every run of the lake")
+    trace.add_argument("--lake", help="folder or s3://…", default="lake")
+    recipe(commands.add_parser("estimate", help="time, memory and dollars before anything runs"))
+    commands.add_parser("doctor", help="what this machine has, and what will work")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `kit` command; returns the exit status and never shows a traceback for a user's mistake."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+            raise ParamError(
+                f"no command '{words[0]}'{nearest(words[0], list(COMMANDS))} (kit --help shows the words)"
+            )
+        args = parser().parse_args(words)
+        if args.command is None:
+            parser().print_help()
+            return 2
+        return globals()[f"_{args.command}"](args)
+    except KitError as error:
+        print(f"kit: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("kit: interrupted; what was committed stays, run again to go on", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The recipe with `-p` and `--lake` on top, checked whole; paths given here start at the working directory."""
+    values = {"run": Path(args.recipe).stem, **load_recipe(args.recipe)}
+    for word in args.set:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ParamError(f"-p takes NAME=VALUE, got '{word}'")
+        if name not in known_fields():
+            raise ParamError(f"unknown parameter '{name}'{nearest(name, known_fields())}")
+        values[name] = _from_here(name, value) if is_path(name) else value
+    if args.lake:
+        values["lake"] = _from_here("lake", args.lake)
+    validate(values)
+    return values
+
+
+def _from_here(name: str, value: str) -> Any:
+    """A path of the command line, relative to the working directory, as one relative to the checkout."""
+
+    def move(path: str) -> str:
+        if "://" in path:
+            return path
+        return os.path.relpath(Path(path).expanduser().resolve(), ROOT)
+
+    if not is_list(name):
+        return move(value)
+    items = value.strip().removeprefix("[").removesuffix("]").split(",")
+    return [move(item.strip().strip("'\"")) for item in items if item.strip()]
+
+
+def _run(args: argparse.Namespace) -> int:
+    values = recipe_values(args)
+    stages = pipeline.pick(args.first, args.last, args.only)
+    lake = pipeline.run(values, stages, args.force)
+    found = pipeline.states(lake, values)
+    print(f"\n{pipeline.stage_table(lake, values['run'], found)}")
+    if stages[-1] == list(STAGES)[-1]:
+        for title, table in pipeline.results(lake, values["run"]):
+            print(f"\n{title}")
+            _print_records(table) if len(table.columns) > 3 else print(table)
+    print(f"\nreport: {pipeline.report(lake, values['run'], found)}")
+    return 0
+
+
+def _print_records(table: Table) -> None:
+    """A wide table, one field a line: completions do not fit side by side on a terminal."""
+    for row in table.rows:
+        print()
+        for column in table.columns:
+            print(f"  {column:8} {table.cell(row[column])}")
+
+
+def _status(args: argparse.Namespace) -> int:
+    lake = Lake(_from_here("lake", args.lake))
+    runs, values = lake.runs(), {}
+    if args.run and args.run.endswith((".yaml", ".yml")):
+        values = load_recipe(args.run)
+        args.run = values.get("run", Path(args.run).stem)
+    if args.run and args.run not in runs:
+        raise ParamError(f"no run '{args.run}' in {lake.uri}{nearest(args.run, runs)}")
+    for run in [args.run] if args.run else runs:
+        # without a recipe, a run is compared with the parameters it was made with
+        known = {k: v for m in lake.manifests(run) for k, v in m.params.items()}
+        found = pipeline.states(lake, {**known, **values, "run": run, "lake": lake.uri})
+        print(f"run {run}\n{pipeline.stage_table(lake, run, found)}\n")
+    if not runs:
+        print(f"no run in {lake.uri} yet")
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from kit.data.trace import trace
+
+    lake = Lake(_from_here("lake", args.lake))
+    print(trace(lake, args.id, [args.run] if args.run else lake.runs()))
+    return 0
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from kit.data.index import Index
+
+    values = recipe_values(args)
+    lake = Lake(for_stage(STAGES["10_explore_index"], values).lake)
+    selected = Index(for_stage(STAGES["10_explore_index"], values)).select()
+    pages = selected.num_rows - selected["dropped"].drop_null().__len__()
+    rows = []
+    for cls in STAGES.values():
+        p = for_stage(cls, values)
+        rows.append(cost.estimate(p, pages, lake.manifest(p.run, p.stage)))
+    total = cost.Estimate(
+        "all", f"{pages:,} pages selected", round(sum(r.seconds for r in rows), 1), max(r.memory_mb for r in rows),
+        sum(r.usd for r in rows), "",
+    )  # fmt: skip
+    table = [vars(r) | {"usd": f"{r.usd:.4f}"} for r in [*rows, total]]
+    made = cost.reference()
+    print(Table(table))
+    print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from kit.doctor import examine
+
+    findings = examine()
+    print(Table([vars(f) | {"ok": "ok" if f.ok else "no"} for f in findings]))
+    return 0 if all(f.ok for f in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What a run will take and what it took: seconds, memory and dollars.
+
+An estimate is `fixed + per_unit × units`. The rate is this lake's own, from the manifest of an earlier run,
+where there is one; else that of the reference run which ships with the kit
+(`data_samples/reference_runs/rates.json`: measured, with machine, date and commit).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from kit import ROOT
+from kit.lake import Manifest
+from kit.params import Stage
+
+REFERENCE = ROOT / "data_samples" / "reference_runs" / "rates.json"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, peak memory (MB) and dollars of one stage, and where the rate comes from."""
+
+    stage: str
+    work: str
+    seconds: float
+    memory_mb: float
+    usd: float
+    rate_from: str
+
+
+@cache
+def reference() -> dict[str, Any]:
+    """The reference run: `machine`, `date`, `commit` and `stages: {stage: {fixed_s, per_unit_s, memory_mb}}`."""
+    return json.loads(REFERENCE.read_text(encoding="utf-8"))
+
+
+def usd(seconds: float, usd_per_hour: float) -> float:
+    """Price of `seconds` of a machine that costs `usd_per_hour`."""
+    return seconds / 3600 * usd_per_hour
+
+
+def usd_per_million(seconds: float, units: float, usd_per_hour: float) -> float:
+    """Dollars per million pages, rows or tokens at a rate just measured; NaN for no units."""
+    return usd(seconds, usd_per_hour) * 1e6 / units if units else float("nan")
+
+
+def planned_units(p: Stage, pages: int) -> tuple[float, str]:
+    """How much work a stage will be and in what: `pages` are those selected, training counts tokens."""
+    values = p.model_dump()
+    for prefix, rows_per_unit in (("sft", 1), ("dpo", 2)):
+        if f"{prefix}_steps" in values:
+            rows = values[f"{prefix}_steps"] * values[f"{prefix}_batch_size"] * rows_per_unit
+            return rows * values["max_tokens"], "tokens at most"
+    if "prompts" in values:
+        return 3 * len(values["prompts"]) * values["max_new_tokens"], "new tokens"
+    return (pages, "pages") if p.stage[0] in "12345" else (1, "machine")
+
+
+def estimate(p: Stage, pages: int, earlier: Manifest | None) -> Estimate:
+    """Time, memory and dollars of a stage; `earlier` is its last result in this lake, if there is one.
+
+    Of an earlier run's seconds, the fixed part (starting an engine, loading a model) is taken from the
+    reference and does not scale.
+    """
+    units, unit = planned_units(p, pages)
+    rate = reference()["stages"][p.stage]
+    fixed, per_unit, source = rate["fixed_s"], rate["per_unit_s"], "reference run"
+    before = earlier and planned_units(type(p)(**earlier.params), earlier.counts.records_in)[0]
+    if earlier and before:
+        fixed = min(fixed, earlier.seconds)
+        per_unit, source = (earlier.seconds - fixed) / before, "this lake"
+    seconds = fixed + per_unit * units
+    work = f"{units:,.0f} {unit}"
+    return Estimate(p.stage, work, round(seconds, 1), rate["memory_mb"], usd(seconds, p.usd_per_hour), source)
+
+
+def two_point_rates(
+    small: list[tuple[Stage, int, dict]], large: list[tuple[Stage, int, dict]]
+) -> dict[str, Any]:
+    """`{stage: {fixed_s, per_unit_s, memory_mb}}` from two runs of different size, a straight line through both.
+
+    Each item is (parameters, pages, `{"seconds", "peak_memory_mb"}` of the stage's execution).
+    """
+    rates = {}
+    for (p, few, a), (q, many, b) in zip(small, large, strict=True):
+        units = planned_units(p, few)[0], planned_units(q, many)[0]
+        slope = max(b["seconds"] - a["seconds"], 0) / (units[1] - units[0]) if units[1] > units[0] else 0.0
+        rates[q.stage] = {
+            "fixed_s": round(max(b["seconds"] - slope * units[1], 0), 2),
+            "per_unit_s": float(f"{slope:.4g}"),
+            "memory_mb": max(a["peak_memory_mb"], b["peak_memory_mb"]),
+        }
+    return rates

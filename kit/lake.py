@@ -1,0 +1,464 @@
+"""The lake: `<lake>/<zone>/<run>/<stage>/`, on a disk or on `s3://`, with the manifest as the commit.
+
+A stage writes parts under new names, then one `_manifest.json`. That single write is the commit: a reader
+sees either the last good result or the new one, never a mixture, and a killed stage leaves nothing to clean
+up. There is no rename, so the same code is right on an object store.
+
+Every manifest satisfies the accounting identity, or is refused:
+`records_in + created == records_out + Σ dropped + Σ failed`.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import functools
+import hashlib
+import json
+import platform
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from kit import ROOT, KitError, resolve
+from kit.params import STAGES, ParamError, Stage
+
+SCHEMA_VERSION = 1
+MANIFEST = "_manifest.json"
+FAILED = "_failed.json"
+WHOLE_FILE_HASH_BYTES = 64 << 20
+NOT_IN_CONTENT = {"kit.params", "kit.show", "kit.cost", "kit.pipeline", "kit"}
+"""Modules that decide how a result is chosen or shown, not what it is: editing them makes nothing stale."""
+
+
+class LakeError(KitError):
+    """The lake cannot be read or written, or what it holds is not what it should be."""
+
+
+class MissingInput(LakeError):
+    """A stage that this one reads has no committed result."""
+
+
+class Output(BaseModel):
+    """One committed file. `name` is what it is, `path` where this attempt put it (relative to the stage)."""
+
+    name: str
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+    measured: bool = False
+    """True for timings and the like: they differ in every run, so they are no part of the content."""
+
+
+class Input(BaseModel):
+    """What a stage read: another stage's manifest, or a file or folder from outside the lake."""
+
+    uri: str
+    manifest_sha256: str | None = None
+    content_sha256: str
+
+
+class Counts(BaseModel):
+    """Where every record went. Reasons and errors are named; the sum must come out."""
+
+    records_in: int
+    records_out: int
+    created: int = 0
+    dropped: dict[str, int] = Field(default_factory=dict)
+    failed: dict[str, int] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _identity(self) -> Counts:
+        gone = sum(self.dropped.values()) + sum(self.failed.values())
+        if self.records_in + self.created != self.records_out + gone:
+            raise ValueError(
+                f"records do not add up: {self.records_in} in + {self.created} created != "
+                f"{self.records_out} out + {gone} dropped or failed"
+            )
+        return self
+
+
+class Manifest(BaseModel):
+    """The record of one committed stage; reading it is reading the result."""
+
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    run: str
+    created_at: str
+    params: dict[str, Any]
+    inputs: list[Input]
+    outputs: list[Output]
+    counts: Counts
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    seconds: float
+    cost_usd: float
+    code: dict[str, Any]
+    environment: dict[str, str]
+
+    @property
+    def content_sha256(self) -> str:
+        """Hash of what the stage made, whatever the attempt, the clock or the file names."""
+        rows = sorted((o.name, o.sha256) for o in self.outputs if not o.measured)
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+class Lake:
+    """A place for results. Raises `LakeError` with one clear line wherever the store says no."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = resolve(uri).rstrip("/")
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.uri)
+        except (ValueError, ImportError) as error:
+            raise LakeError(f"cannot open lake '{uri}': {error}") from None
+
+    def folder(self, run: str, stage: str) -> str:
+        """Path of a stage's folder on this lake's file system."""
+        return f"{self.root}/{STAGES[stage].zone}/{run}/{stage}"
+
+    def check_writable(self) -> None:
+        """Write and remove one small file; raises `LakeError` when that fails."""
+        probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
+        with explained(f"lake '{self.uri}' cannot be written"):
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(probe, b"ok")
+            self.fs.rm_file(probe)
+
+    def manifest(self, run: str, stage: str) -> Manifest | None:
+        """The committed manifest, or None; raises `LakeError` when it is damaged."""
+        path = f"{self.folder(run, stage)}/{MANIFEST}"
+        try:
+            return Manifest.model_validate_json(self.fs.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValidationError, ValueError) as error:
+            raise LakeError(f"{path} is not a manifest ({str(error).splitlines()[0]}); remove it") from None
+
+    def runs(self) -> list[str]:
+        """Names of the runs that have a committed stage."""
+        found = set()
+        for cls in STAGES.values():
+            for path in self.fs.glob(f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}"):
+                found.add(path.split("/")[-3])
+        return sorted(found)
+
+    def manifests(self, run: str) -> list[Manifest]:
+        """The committed manifests of a run, in the order of the chain."""
+        return [m for m in (self.manifest(run, stage) for stage in STAGES) if m]
+
+    def need(self, run: str, stage: str) -> Manifest:
+        """The committed manifest; raises `MissingInput` that says how to make it."""
+        found = self.manifest(run, stage)
+        if found is None:
+            number = stage[:2]
+            raise MissingInput(
+                f"{stage} has no result for run '{run}' in {self.uri}: "
+                f"run 'kit run RECIPE --until {number}' or its notebook first"
+            )
+        return found
+
+    def paths(self, manifest: Manifest, name: str = "") -> list[str]:
+        """Paths of the manifest's files whose name starts with `name`, in their committed order."""
+        base = self.folder(manifest.run, manifest.stage)
+        return [f"{base}/{o.path}" for o in manifest.outputs if o.name.startswith(name)]
+
+    def table(self, manifest: Manifest, name: str = "part", columns: list[str] | None = None) -> pa.Table:
+        """All Parquet parts named `name…` as one table; raises `LakeError` when one is missing or damaged."""
+        paths = self.paths(manifest, name)
+        if not paths:
+            raise LakeError(f"{manifest.stage} of run '{manifest.run}' holds no '{name}'")
+        with explained(f"cannot read {manifest.stage} of run '{manifest.run}'"):
+            return pa.concat_tables(
+                pq.read_table(path, columns=columns, filesystem=self.fs, partitioning=None) for path in paths
+            )
+
+    def local_folder(self, manifest: Manifest, name: str) -> str:
+        """The files under `name/` in one local folder; an object store's are copied to a cache once."""
+        prefix = name.rstrip("/") + "/"
+        outputs = [o for o in manifest.outputs if o.name.startswith(prefix)]
+        if not outputs:
+            raise LakeError(f"{manifest.stage} of run '{manifest.run}' holds no folder '{name}'")
+        base = self.folder(manifest.run, manifest.stage)
+        if self.uri == self.root:
+            return str(Path(base, outputs[0].path[: outputs[0].path.index(prefix)] + prefix.rstrip("/")))
+        target = ROOT / ".cache" / "lake" / manifest.content_sha256[:16] / name
+        for output in outputs:
+            local = target / output.name.removeprefix(prefix)
+            if not local.exists():
+                local.parent.mkdir(parents=True, exist_ok=True)
+                self.fs.get_file(f"{base}/{output.path}", str(local))
+        return str(target)
+
+    @contextmanager
+    def stage(self, p: Stage) -> Iterator[StageWriter]:
+        """Open a stage for writing: the clock starts here, `commit` on the writer ends it."""
+        writer = StageWriter(self, p)
+        with explained(f"{p.stage} could not write to {self.uri}"):
+            yield writer
+        if writer.committed is None:
+            raise LakeError(f"{p.stage} ended without a commit; nothing was recorded")
+
+    def mark_failed(self, run: str, stage: str, error: str) -> None:
+        """Leave a note of the last failure beside the last good result; best effort, the error goes on."""
+        note = {"error": error, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        try:
+            self.fs.makedirs(self.folder(run, stage), exist_ok=True)
+            self.fs.pipe_file(f"{self.folder(run, stage)}/{FAILED}", json.dumps(note).encode())
+        except OSError as problem:
+            print(f"(the failure could not be noted in the lake: {problem})")
+
+    def failure(self, run: str, stage: str) -> str | None:
+        """The note `mark_failed` left, or None."""
+        try:
+            return json.loads(self.fs.cat_file(f"{self.folder(run, stage)}/{FAILED}"))["error"]
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return None
+
+
+class StageWriter:
+    """Collects the outputs and inputs of one attempt at a stage and commits them with one write."""
+
+    def __init__(self, lake: Lake, p: Stage) -> None:
+        self.lake, self.p = lake, p
+        self.attempt = uuid.uuid4().hex[:8]
+        self.base = lake.folder(p.run, p.stage)
+        self.inputs: list[Input] = []
+        self.outputs: list[Output] = []
+        self.committed: Manifest | None = None
+        self.started = time.perf_counter()
+        lake.fs.makedirs(self.base, exist_ok=True)
+
+    def read(self, stage: str) -> Manifest:
+        """The committed result of `stage`, noted as an input of this one."""
+        manifest = self.lake.need(self.p.run, stage)
+        raw = self.lake.fs.cat_file(f"{self.lake.folder(self.p.run, stage)}/{MANIFEST}")
+        self.inputs.append(
+            Input(
+                uri=f"{STAGES[stage].zone}/{self.p.run}/{stage}",
+                manifest_sha256=hashlib.sha256(raw).hexdigest(),
+                content_sha256=manifest.content_sha256,
+            )
+        )
+        return manifest
+
+    def read_outside(self, uri: str) -> str:
+        """Note a file or folder from outside the lake as an input; returns its absolute form."""
+        self.inputs.append(Input(uri=uri, content_sha256=fingerprint(uri)))
+        return resolve(uri)
+
+    def add(self, output: Output) -> None:
+        """List a file that a worker has written with `write_table` or `write_bytes`."""
+        self.outputs.append(output)
+
+    def table(self, name: str, table: pa.Table, *, measured: bool = False) -> None:
+        """Write one Parquet file from here."""
+        output = write_table(self.lake.uri, self.base, self.attempt, name, table)
+        self.add(output.model_copy(update={"measured": measured}))
+
+    def bytes(self, name: str, data: bytes, *, rows: int = 0, measured: bool = False) -> None:
+        """Write one file of any kind from here."""
+        output = write_bytes(self.lake.uri, self.base, self.attempt, name, data, rows)
+        self.add(output.model_copy(update={"measured": measured}))
+
+    def folder(self, name: str, local: str | Path) -> None:
+        """Write every file of the local folder `local` as `name/…`, such as a model."""
+        for path in sorted(p for p in Path(local).rglob("*") if p.is_file()):
+            self.bytes(f"{name}/{path.relative_to(local).as_posix()}", path.read_bytes())
+
+    def commit(self, counts: Counts, metrics: dict[str, Any] | None = None) -> Manifest:
+        """Write the manifest. Raises `LakeError` when nothing was made: an empty result is a failure."""
+        if not self.outputs or counts.records_out == 0:
+            raise LakeError(f"{self.p.stage} yielded nothing: {losses(counts)}")
+        seconds = time.perf_counter() - self.started
+        manifest = Manifest(
+            stage=self.p.stage,
+            run=self.p.run,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            params=self.p.identity(),
+            inputs=self.inputs,
+            outputs=sorted(self.outputs, key=lambda o: o.name),
+            counts=counts,
+            metrics=metrics or {},
+            seconds=round(seconds, 3),
+            cost_usd=round(seconds / 3600 * self.p.usd_per_hour, 9),
+            code=code_identity(self.p.stage),
+            environment=environment(),
+        )
+        before = self.lake.manifest(self.p.run, self.p.stage)
+        _replace(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        self.committed = manifest
+        self._sweep(manifest, before)
+        return manifest
+
+    def _sweep(self, *keep: Manifest | None) -> None:
+        """Remove parts of killed attempts; the previous result stays for readers that opened it."""
+        listed = {f"{self.base}/{o.path}" for m in keep if m for o in m.outputs}
+        listed.add(f"{self.base}/{MANIFEST}")
+        for path in self.lake.fs.find(self.base):
+            if path not in listed:
+                self.lake.fs.rm_file(path)
+
+
+def write_table(lake_uri: str, base: str, attempt: str, name: str, table: pa.Table) -> Output:
+    """Write one Parquet file (zstd) under a new name; callable from any worker process."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", store_schema=False)
+    data = sink.getvalue().to_pybytes()
+    return write_bytes(lake_uri, base, attempt, f"{name}.parquet", data, table.num_rows)
+
+
+def write_bytes(lake_uri: str, base: str, attempt: str, name: str, data: bytes, rows: int = 0) -> Output:
+    """Write one file under a name that no other attempt or retried task uses."""
+    fs, _ = fsspec.core.url_to_fs(lake_uri)
+    head, _, tail = name.rpartition("/")
+    # files of a folder (a model) keep their names, inside a folder of their attempt's own
+    path = f"{attempt}/{head}/{tail}" if head else f"{_stem(tail)}-{uuid.uuid4().hex[:8]}{_suffix(tail)}"
+    full = f"{base}/{path}"
+    fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+    fs.pipe_file(full, data)
+    return Output(name=name, path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _suffix(name: str) -> str:
+    return name[len(_stem(name)) :]
+
+
+def _replace(lake: Lake, path: str, data: bytes) -> None:
+    """One atomic write: an object store's put is; on a disk, a temporary file moved over."""
+    if lake.uri == lake.root:
+        part = Path(f"{path}.{uuid.uuid4().hex[:8]}")
+        part.write_bytes(data)
+        part.replace(path)
+    else:
+        lake.fs.pipe_file(path, data)
+
+
+def losses(counts: Counts) -> str:
+    """One line that says where the records of `counts` went."""
+    gone = {**counts.dropped, **counts.failed}
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(gone.items(), key=lambda x: -x[1]))
+    return f"{counts.records_in} in, {counts.records_out} out" + (f" ({reasons})" if reasons else "")
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn a store's refusal into a `LakeError` of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            raise LakeError(f"{what}: the disk is full") from None
+        raise LakeError(f"{what}: {error.strerror or error}") from None
+    except (pa.ArrowInvalid, ValidationError) as error:
+        raise LakeError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+
+
+def fingerprint(uri: str) -> str:
+    """Content hash of something outside the lake: small files by content, large or remote ones by size and tag."""
+    fs, path = fsspec.core.url_to_fs(resolve(uri))
+    digest = hashlib.sha256()
+    try:
+        found = sorted(fs.find(path)) or [path]
+        for file in found:
+            info = fs.info(file)
+            digest.update(file.removeprefix(path).encode())
+            if "://" not in uri and info["size"] <= WHOLE_FILE_HASH_BYTES:
+                digest.update(fs.cat_file(file))
+            else:
+                tag = info.get("ETag") or info.get("mtime") or ""
+                digest.update(f"{info['size']} {tag}".encode())
+    except FileNotFoundError:
+        raise ParamError(f"'{uri}' does not exist") from None
+    return digest.hexdigest()
+
+
+@functools.cache
+def code_identity(stage: str) -> dict[str, Any]:
+    """`git_sha`, `dirty` and a hash of the stage's notebook and every kit module that it can reach."""
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        sha = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
+        dirty = bool(git(["git", "status", "--porcelain", "--", "kit", "notebooks"]).stdout.strip())
+    except FileNotFoundError:  # no git here: the source hash below still says which code ran
+        sha, dirty = None, False
+    return {"git_sha": sha, "dirty": dirty, "source_sha256": source_sha256(stage)}
+
+
+def source_sha256(stage: str) -> str:
+    """Hash over the notebook's code cells and the kit modules it imports, directly or not."""
+    digest = hashlib.sha256()
+    notebook = ROOT / "notebooks" / f"{stage}.ipynb"
+    imports: set[str] = set()
+    if notebook.exists():
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        # parameters are compared by value, so the cell that repeats the defaults is not code
+        code = [
+            c
+            for c, cell in zip(code, (c for c in cells if c["cell_type"] == "code"), strict=True)
+            if "parameters" not in cell["metadata"].get("tags", [])
+        ]
+        imports = {name for source in code for name in _kit_imports(source)}
+        digest.update("\n".join(code).encode())
+    for module in sorted(_closure(imports) - NOT_IN_CONTENT):
+        path = _module_path(module)
+        digest.update(f"{module}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _closure(modules: set[str]) -> set[str]:
+    seen: set[str] = set()
+    todo = set(modules)
+    while todo:
+        module = todo.pop()
+        seen.add(module)
+        path = _module_path(module)
+        if module not in NOT_IN_CONTENT:
+            todo |= _kit_imports(path.read_text(encoding="utf-8")) - seen
+    return seen
+
+
+def _kit_imports(source: str) -> set[str]:
+    """Names of kit modules that `source` imports, at any depth of its code."""
+    found: set[str] = set()
+    source = re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)  # IPython magics are not Python
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return {m for m in found if m.split(".")[0] == "kit" and _module_path(m) is not None}
+
+
+@functools.cache
+def _module_path(module: str) -> Path | None:
+    base = ROOT / Path(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.exists():
+            return path
+    return None
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Versions that a reader of a manifest will ask for; packages that are not installed are left out."""
+    names = ("pyspark", "duckdb", "pyarrow", "torch", "transformers", "peft", "trl", "resiliparse")
+    found = {name: metadata.version(name) for name in names if util.find_spec(name)}
+    return {"python": platform.python_version(), "machine": platform.machine(), **found}

@@ -1,0 +1,346 @@
+"""Typed, flat parameters: one frozen model per notebook, one meaning per name in the whole kit.
+
+A notebook's `parameters` cell repeats the names and defaults below (a test compares the two) and reads
+itself back with `p = ExtractText.from_cell(globals())`. Values may arrive as strings (SageMaker Notebook
+Jobs pass nothing else) and are converted; an unknown name or a wrong value is a `ParamError` that names
+the nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kit import ROOT, KitError
+
+
+class ParamError(KitError):
+    """A parameter that does not exist or has a value of the wrong kind."""
+
+    exit_status = 2
+
+
+def _listed(value: Any) -> Any:
+    """`"[a, b]"`, `"a, b"` and `"a"` as lists; prompts with commas need the bracketed form."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.startswith("["):
+        parsed = yaml.safe_load(text)
+        return ["" if item is None else str(item) for item in parsed]
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+Strings = Annotated[list[str], BeforeValidator(_listed)]
+PATH = {"path": True}
+"""Marks a field as a path or list of paths: the command line resolves it from the working directory."""
+
+
+class Stage(BaseModel):
+    """What every notebook takes; each stage below adds its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: ClassVar[str] = ""
+    zone: ClassVar[str] = "intermediate"
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Stages whose committed result this one reads."""
+
+    run: str = Field("sample", description="name of this experiment in the lake", pattern=r"^[\w.-]+$")
+    lake: str = Field("lake", description="where results go: a folder or s3://…", json_schema_extra=PATH)
+    seed: int = Field(0, description="seeds every random choice", ge=0)
+    usd_per_hour: float = Field(
+        0.096,
+        description="price of this machine; the default is an on-demand m5.large (2 vCPU), us-east-1",
+        ge=0,
+    )
+
+    @classmethod
+    def from_cell(cls, cell: Mapping[str, Any]) -> Stage:
+        """Read the parameters out of a notebook's `globals()`; names the stage does not know are ignored."""
+        return cls.parse({k: cell[k] for k in cls.model_fields if k in cell})
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Stage:
+        """Build the model; raises `ParamError` with one line per wrong value."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise ParamError("; ".join(_explain(cls, e) for e in error.errors())) from None
+
+    def identity(self) -> dict[str, Any]:
+        """The parameters that decide what comes out: all but where it is kept and what an hour costs."""
+        return self.model_dump(exclude={"run", "lake", "usd_per_hour", "cores"})
+
+
+def _explain(cls: type[Stage], error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"unknown parameter '{name}'{nearest(name, cls.model_fields)}"
+    hint = " (quote a text that holds ': ')" if isinstance(error["input"], dict) else ""
+    return f"parameter '{name}': {error['msg'].lower()}, got {error['input']!r}{hint}"
+
+
+def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+class Cores(Stage):
+    """Stages that run on Spark."""
+
+    cores: int = Field(0, description="Spark's local cores, 0 = all this machine has", ge=0)
+    part_mb: float = Field(
+        0.5, description="compressed input MB per task and output part; 64 for a real crawl", gt=0
+    )
+
+
+class StartHere(Stage):
+    """00: what this machine can do, and the chain in one picture."""
+
+    stage: ClassVar[str] = "00_start_here"
+    zone: ClassVar[str] = "reports"
+
+
+class ExploreIndex(Stage):
+    """10: index → selection."""
+
+    stage: ClassVar[str] = "10_explore_index"
+
+    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
+    index_path: str = Field(
+        "data_samples/cc-index/table/cc-main/warc",
+        description="cc-index table: folder or URL above crawl=…",
+        json_schema_extra=PATH,
+    )
+    archive_base: str = Field(
+        "data_samples",
+        description="what warc_filename is relative to: folder, s3://commoncrawl or https://…",
+        json_schema_extra=PATH,
+    )
+    archive_paths: Strings = Field(
+        [],
+        description="your own WARC/WET/ARC files or folders, instead of an index",
+        json_schema_extra=PATH,
+    )
+    domains: Strings = Field([], description="registered domains to keep, empty = all")
+    languages: Strings = Field([], description="index languages to keep (ISO 639-3), empty = all")
+    mimes: Strings = Field(
+        ["text/html", "application/xhtml+xml", "text/plain"], description="detected MIME types to keep"
+    )
+    max_record_mb: float = Field(8.0, description="longer compressed records are left out", gt=0)
+    max_pages: int = Field(0, description="stop after so many pages for a quick trial, 0 = all", ge=0)
+
+
+class ExtractText(Cores):
+    """20: pages → documents."""
+
+    stage: ClassVar[str] = "20_extract_text"
+    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+
+    extractor: Literal["resiliparse", "trafilatura"] = Field(
+        "resiliparse", description="resiliparse is fast, trafilatura careful"
+    )
+    page_timeout_s: float = Field(20.0, description="a page that takes longer is given up, and counted", gt=0)
+    max_page_mb: float = Field(4.0, description="larger decoded pages are given up, and counted", gt=0)
+
+
+class RefineText(Cores):
+    """30: documents with tags, masks and a verdict."""
+
+    stage: ClassVar[str] = "30_refine_text"
+    needs: ClassVar[tuple[str, ...]] = ("20_extract_text",)
+
+    quality_rules: Strings = Field(
+        ["gopher_quality", "gopher_repetition"], description="rule sets that may drop a document"
+    )
+    min_lang_score: float = Field(0.65, description="least confidence of the language id", ge=0, le=1)
+    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
+    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
+    max_words: int = Field(100_000, description="Gopher: most words", ge=1)
+    max_duplicate_lines: float = Field(0.3, description="Gopher: share of repeated lines", ge=0, le=1)
+    mask_pii: bool = Field(True, description="replace personal data by placeholders such as <EMAIL>")
+
+
+class Deduplicate(Cores):
+    """40: clusters of copies, one kept."""
+
+    stage: ClassVar[str] = "40_deduplicate"
+    needs: ClassVar[tuple[str, ...]] = ("30_refine_text",)
+
+    ngram: int = Field(5, description="words per shingle", ge=1)
+    buckets: int = Field(14, description="LSH bands", ge=1)
+    hashes_per_bucket: int = Field(8, description="rows per LSH band", ge=1)
+    min_jaccard: float = Field(0.7, description="true Jaccard from which two texts are copies", gt=0, le=1)
+
+
+class BuildDatasets(Stage):
+    """50: documents → training rows."""
+
+    stage: ClassVar[str] = "50_build_datasets"
+    zone: ClassVar[str] = "curated"
+    needs: ClassVar[tuple[str, ...]] = ("30_refine_text", "40_deduplicate")
+
+    train_languages: Strings = Field(["en"], description="languages of training rows, empty = all")
+    prefer_reviews: bool = Field(
+        True, description="train on reviews where the crawl has them, on whole documents where it has none"
+    )
+    item_types: Strings = Field(["Movie"], description="schema.org types of reviewed things, empty = all")
+    prompt_template: str = Field(
+        "The review of movie '{item}' is", description="what comes before a review; {item} = its subject"
+    )
+    heldout_share: float = Field(0.15, description="share of groups kept for evaluation", gt=0, lt=1)
+    min_votes: int = Field(5, description="fewest votes of a review in a preference pair", ge=1)
+    min_helpful_gap: float = Field(0.3, description="least difference in helpful share of a pair", ge=0, le=1)
+
+
+class Training(Stage):
+    """What every stage that runs a model takes."""
+
+    zone: ClassVar[str] = "models"
+
+    base_model: str = Field("smollm2", description="smollm2 (shipped), a hub id or a local folder")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where it is fast"
+    )
+    threads: int = Field(0, description="CPU threads, 0 = all; results are exact for a given number", ge=0)
+    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
+
+
+class FinetuneSft(Training):
+    """60: base → adapter."""
+
+    stage: ClassVar[str] = "60_finetune_sft"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    method: Literal["lora", "dora", "full"] = Field("lora", description="what is trained")
+    lora_r: int = Field(16, description="rank of the adapter", ge=1)
+    lora_alpha: int = Field(32, description="scale of the adapter", ge=1)
+    sft_steps: int = Field(12, description="optimizer steps", ge=1)
+    sft_batch_size: int = Field(4, description="rows per step", ge=1)
+    sft_learning_rate: float = Field(5e-4, description="peak learning rate", gt=0)
+    eval_rows: int = Field(24, description="held-out rows for perplexity", ge=1)
+
+
+class AlignDpo(Training):
+    """70: adapter → aligned."""
+
+    stage: ClassVar[str] = "70_align_dpo"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
+
+    lora_r: int = Field(16, description="rank of the adapter", ge=1)
+    lora_alpha: int = Field(32, description="scale of the adapter", ge=1)
+    dpo_beta: float = Field(0.1, description="how strongly the reference holds the policy", gt=0)
+    dpo_steps: int = Field(4, description="optimizer steps", ge=1)
+    dpo_batch_size: int = Field(2, description="pairs per step", ge=1)
+    dpo_learning_rate: float = Field(5e-5, description="peak learning rate", gt=0)
+
+
+class BenchmarkTraining(Training):
+    """80: speed, MFU and memory of the run just made."""
+
+    stage: ClassVar[str] = "80_benchmark_training"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("60_finetune_sft", "70_align_dpo")
+
+    peak_matmul: int = Field(2048, description="edge of the matmul that measures this machine's peak", ge=64)
+
+
+class CompareGenerations(Training):
+    """90: base | tuned | aligned, side by side."""
+
+    stage: ClassVar[str] = "90_compare_generations"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft", "70_align_dpo")
+
+    prompts: Strings = Field(
+        [
+            "The review of movie 'A Woman of Paris: A Drama of Fate' is",
+            "The review of movie 'The Last Lighthouse Keeper' is",
+            "The review of movie 'Robots on Holiday' is",
+            "The review of movie 'Midnight in the Archive' is",
+        ],
+        description="what the three models complete",
+    )
+    max_new_tokens: int = Field(48, description="length of a completion", ge=1)
+    temperature: float = Field(0.7, description="0 = greedy", ge=0)
+    eval_rows: int = Field(24, description="held-out rows for perplexity", ge=1)
+
+
+STAGES: dict[str, type[Stage]] = {
+    cls.stage: cls
+    for cls in (
+        StartHere,
+        ExploreIndex,
+        ExtractText,
+        RefineText,
+        Deduplicate,
+        BuildDatasets,
+        FinetuneSft,
+        AlignDpo,
+        BenchmarkTraining,
+        CompareGenerations,
+    )
+}
+"""The main chain, in the order in which it runs."""
+
+
+def known_fields() -> dict[str, Any]:
+    """Every parameter of the kit by name, with pydantic's description of it."""
+    return {name: field for cls in STAGES.values() for name, field in cls.model_fields.items()}
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read one flat YAML; raises `ParamError` when it is missing, not YAML, nested or has unknown names."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not text"
+        here = [str(f.relative_to(ROOT)) for f in sorted((ROOT / "params").glob("*.yaml"))]
+        raise ParamError(f"cannot read recipe '{path}' ({reason}); the kit ships {', '.join(here)}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        raise ParamError(f"recipe '{path}' is not YAML{line}") from None
+    if not isinstance(values, dict):
+        raise ParamError(f"recipe '{path}' is not YAML of the form 'name: value'")
+    validate(values)
+    return values
+
+
+def validate(values: Mapping[str, Any]) -> None:
+    """Check a recipe whole, before anything starts; raises `ParamError` naming every wrong word."""
+    fields = known_fields()
+    wrong = [f"unknown parameter '{k}'{nearest(str(k), fields)}" for k in values if k not in fields]
+    for name in (k for k in values if k in fields):
+        # any stage that has the name will do: one name means one thing in the whole kit
+        cls = next(c for c in STAGES.values() if name in c.model_fields)
+        try:
+            cls.parse({name: values[name]})
+        except ParamError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ParamError("; ".join(wrong))
+
+
+def for_stage(cls: type[Stage], values: Mapping[str, Any]) -> Stage:
+    """The stage's own parameters out of a whole recipe."""
+    return cls.parse({k: v for k, v in values.items() if k in cls.model_fields})
+
+
+def is_list(name: str) -> bool:
+    """Whether the parameter `name` holds a list."""
+    return get_origin(known_fields()[name].annotation) is list
+
+
+def is_path(name: str) -> bool:
+    """Whether the parameter `name` holds a path or paths."""
+    return bool((known_fields()[name].json_schema_extra or {}).get("path"))

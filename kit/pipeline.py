@@ -1,0 +1,321 @@
+"""The chain: which stages are done, which are stale and why, and running the rest through papermill.
+
+A stage is done when its committed manifest was made with the same parameters, the same inputs (by content)
+and the same code. Nothing else is remembered, so a run can be killed anywhere and started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from kit import ROOT, KitError
+from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
+from kit.params import STAGES, ParamError, Stage, for_stage, nearest
+from kit.show import PROGRESS_FILE, Table, escape, page
+
+NOTEBOOKS = ROOT / "notebooks"
+POLL_S, QUIET_LINE_S = 0.5, 20.0
+EXECUTION = "_execution.json"
+
+
+class StageFailed(KitError):
+    """A notebook ended with an error; the message is the error's own line and where to read more."""
+
+
+@dataclass(frozen=True)
+class State:
+    """One stage of a run: `done`, `stale`, `failed` or `missing`, and why."""
+
+    stage: str
+    status: str
+    why: str
+    manifest: Manifest | None
+
+
+def state(lake: Lake, p: Stage) -> State:
+    """Compare a stage's committed manifest with what would go in and come out of it now."""
+    manifest = lake.manifest(p.run, p.stage)
+    failure = lake.failure(p.run, p.stage)
+    if manifest is None:
+        return State(p.stage, "failed" if failure else "missing", failure or "", None)
+    changed = sorted(k for k, v in p.identity().items() if manifest.params.get(k, object()) != v)
+    if changed:
+        why = "parameter " + ", ".join(changed)
+    elif manifest.code["source_sha256"] != code_identity(p.stage)["source_sha256"]:
+        why = "code"
+    else:
+        other = [i.uri for i in manifest.inputs if _content(lake, i) != i.content_sha256]
+        why = f"input {other[0]}" if other else ""
+    if failure:
+        return State(p.stage, "failed", failure, manifest)
+    return State(p.stage, "stale" if why else "done", f"changed: {why}" if why else "", manifest)
+
+
+def _content(lake: Lake, source: Input) -> str | None:
+    """Content hash that an input has now, None when it is gone."""
+    if source.manifest_sha256 is None:
+        with contextlib.suppress(ParamError, OSError):
+            return fingerprint(source.uri)
+        return None
+    _, run, stage = source.uri.split("/")
+    manifest = lake.manifest(run, stage)
+    return manifest.content_sha256 if manifest else None
+
+
+def states(lake: Lake, values: Mapping[str, Any]) -> list[State]:
+    """State of every stage of the chain; what comes after one that must run again is stale, too."""
+    found: dict[str, State] = {}
+    for name, cls in STAGES.items():
+        now = state(lake, for_stage(cls, values))
+        behind = [n for n in cls.needs if found[n].status != "done"]
+        if now.status == "done" and behind:
+            now = State(name, "stale", f"after {behind[0]}", now.manifest)
+        found[name] = now
+    return list(found.values())
+
+
+def pick(first: str | None, last: str | None, only: str | None) -> list[str]:
+    """Names of the stages from `first` until `last` (or `only` one), each given by number or name."""
+    names = list(STAGES)
+
+    def find(word: str) -> int:
+        match = [i for i, n in enumerate(names) if n == word or n[:2] == word]
+        if not match:
+            numbers = ", ".join(n[:2] for n in names)
+            raise ParamError(f"no stage '{word}'{nearest(word, names)}; stages are {numbers}")
+        return match[0]
+
+    if only:
+        return [names[find(only)]]
+    start, end = find(first) if first else 0, find(last) if last else len(names) - 1
+    if start > end:
+        raise ParamError(f"--from {first} comes after --until {last}")
+    return names[start : end + 1]
+
+
+def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> Lake:
+    """Run `stages` in order, skipping what is done; raises `StageFailed` at the first that fails."""
+    models = {name: for_stage(STAGES[name], values) for name in STAGES}
+    lake = Lake(models[stages[0]].lake)
+    lake.check_writable()
+    for name in stages:
+        p = models[name]
+        now = state(lake, p)
+        if now.status == "done" and not force:
+            print(f"{name:24} done before · {losses(now.manifest.counts)}")
+            continue
+        manifest = run_stage(lake, p)
+        seconds = execution(lake, p.run, name)["seconds"]
+        print(f"{name:24} {seconds:6.1f} s · {losses(manifest.counts)}", flush=True)
+    return lake
+
+
+def run_stage(lake: Lake, p: Stage) -> Manifest:
+    """Execute one notebook with papermill; its executed copy goes into the lake, result or error included."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    target = f"{lake.root}/reports/{p.run}/notebooks/{p.stage}.ipynb"
+    before = lake.manifest(p.run, p.stage)
+    error: str | None = None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _Follower(p.stage, folder) as follower,
+        kernel_log(folder) as log,
+    ):
+        local = Path(folder) / f"{p.stage}.ipynb"
+        try:
+            papermill.execute_notebook(
+                str(NOTEBOOKS / f"{p.stage}.ipynb"),
+                str(local),
+                parameters=p.model_dump(),
+                kernel_name="python3",
+                cwd=str(NOTEBOOKS),
+                progress_bar=False,
+            )
+        except PapermillExecutionError as problem:
+            error = f"{problem.ename}: {problem.evalue}".strip().replace("\n", " ")
+        except Exception as problem:  # nbclient raises its own kinds when a kernel dies or cannot start
+            error = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else 'the kernel died'}"
+        with explained(f"cannot write {target}"):
+            lake.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            for written, to in ((local, target), (log, target.replace(".ipynb", ".log"))):
+                if written.exists() and written.stat().st_size:
+                    lake.fs.put_file(str(written), to)
+    after = lake.manifest(p.run, p.stage)
+    if error is None and (after is None or after == before):
+        error = "the notebook ended without a new result"
+    if error:
+        lake.mark_failed(p.run, p.stage, error)
+        raise StageFailed(f"{p.stage} failed: {error} (executed notebook: {target})")
+    told = {"seconds": round(follower.seconds, 1), "peak_memory_mb": round(follower.peak_mb)}
+    lake.fs.pipe_file(f"{lake.folder(p.run, p.stage)}/{EXECUTION}", json.dumps(told).encode())
+    return after
+
+
+def execution(lake: Lake, run: str, stage: str) -> dict[str, float]:
+    """Seconds (kernel start included) and peak memory in MB of a stage's last run under `kit run`, or {}."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(lake.fs.cat_file(f"{lake.folder(run, stage)}/{EXECUTION}"))
+    return {}
+
+
+@contextlib.contextmanager
+def kernel_log(folder: str) -> Iterator[Path]:
+    """While the block runs, what the kernel and the JVM under it write to stderr goes to a file, not the terminal."""
+    path = Path(folder) / "kernel.log"
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield path
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+class _Follower:
+    """While a stage runs: its progress and seconds on the terminal, and the peak memory of its processes."""
+
+    def __init__(self, stage: str, folder: str) -> None:
+        self.stage, self.path = stage, Path(folder) / "progress"
+        self.started = time.perf_counter()
+        self.peak_mb = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> _Follower:
+        os.environ[PROGRESS_FILE] = str(self.path)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        os.environ.pop(PROGRESS_FILE, None)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the stage was started, its kernel included."""
+        return time.perf_counter() - self.started
+
+    def _follow(self) -> None:
+        last = 0.0
+        while not self._stop.wait(POLL_S):
+            self.peak_mb = max(self.peak_mb, tree_memory_mb())
+            told = self.path.read_text(encoding="utf-8") if self.path.exists() else "starting"
+            line = f"{self.stage:24} {self.seconds:6.1f} s · {told}"
+            if sys.stdout.isatty():
+                print(f"\r\x1b[K{line}", end="", flush=True)
+            elif self.seconds - last > QUIET_LINE_S:  # a log gets a line now and then, not an animation
+                last = self.seconds
+                print(line, flush=True)
+        if sys.stdout.isatty():
+            print("\r\x1b[K", end="", flush=True)
+
+
+def tree_memory_mb() -> float:
+    """Memory of this process and all below it in MB: proportional set sizes, so shared pages count once."""
+    total = 0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            info = process.memory_full_info()
+            total += getattr(info, "pss", 0) or info.rss
+    return total / 1e6
+
+
+def open_lake(p: Stage) -> Lake:
+    """The lake of a notebook; what the notebook reads is made first where it is missing, and that is said.
+
+    This is what lets every notebook run alone, by Run All, in a fresh checkout. Parameters that the missing
+    stages share with `p` are taken from it, the others are their defaults.
+    """
+    lake = Lake(p.lake)
+    lake.check_writable()
+    for name in STAGES[p.stage].needs if p.stage in STAGES else ("10_explore_index",):
+        if lake.manifest(p.run, name) is None:
+            shared = for_stage(STAGES[name], p.model_dump())
+            open_lake(shared)
+            if lake.manifest(p.run, name) is None:  # a stage above may have made it on its way
+                print(f"{name} has no result for run '{p.run}' yet: running it first", file=sys.stderr)
+                run_stage(lake, shared)
+    return lake
+
+
+def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
+    """One row a stage: status, records, seconds and memory with the kernel's own, dollars."""
+    rows = []
+    for s in found:
+        m, ran = s.manifest, execution(lake, run, s.stage)
+        rows.append(
+            {
+                "stage": s.stage,
+                "status": s.status,
+                "in": m and m.counts.records_in,
+                "created": m and m.counts.created,
+                "out": m and m.counts.records_out,
+                "dropped": m and sum(m.counts.dropped.values()),
+                "failed": m and sum(m.counts.failed.values()),
+                "seconds": ran.get("seconds", m and round(m.seconds, 1)),
+                "MB": ran.get("peak_memory_mb"),
+                "usd": m and f"{m.cost_usd:.4f}",
+                "why": s.why,
+            }
+        )
+    return Table(rows, width=60)
+
+
+def report(lake: Lake, run: str, found: list[State]) -> str:
+    """Write the run's page `reports/<run>/index.html`: stages, losses, completions, perplexity; returns its path."""
+    parts = [
+        "<h2>Stages</h2>",
+        stage_table(lake, run, found)._repr_html_(),
+        "<h2>Where records went</h2><ul>",
+    ]
+    parts += [
+        f"<li><b>{escape(s.stage)}</b>: {escape(losses(s.manifest.counts))}</li>" for s in found if s.manifest
+    ]
+    parts.append("</ul>")
+    for title, table in results(lake, run):
+        parts += [f"<h2>{escape(title)}</h2>", table._repr_html_()]
+    versions = next((s.manifest for s in reversed(found) if s.manifest), None)
+    if versions:
+        told = " · ".join(f"{k} {v}" for k, v in versions.environment.items())
+        parts.append(
+            f'<p class="note">{escape(told)} · commit {escape(str(versions.code["git_sha"])[:10])}</p>'
+        )
+    path = f"{lake.root}/reports/{run}/index.html"
+    with explained(f"cannot write {path}"):
+        lake.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        lake.fs.pipe_file(path, page(f"Run {run}", *parts).encode("utf-8", "replace"))
+    return path if lake.uri == lake.root else lake.fs.unstrip_protocol(path)
+
+
+def results(lake: Lake, run: str) -> list[tuple[str, Table]]:
+    """The tables of the last stage: completions side by side and held-out perplexity."""
+    manifest = lake.manifest(run, "90_compare_generations")
+    if manifest is None:
+        return []
+    titles = {"completions.parquet": "base | tuned | aligned", "perplexity.parquet": "Held-out perplexity"}
+    have = {o.name for o in manifest.outputs}
+    return [
+        (title, Table(lake.table(manifest, name).to_pylist(), width=400))
+        for name, title in titles.items()
+        if name in have
+    ]

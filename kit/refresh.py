@@ -1,0 +1,84 @@
+"""What maintainers run after a change: the notebooks' committed outputs and the reference rates.
+
+`make notebooks` and `make reference` call this module; nothing else in the kit does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kit import cost
+from kit.lake import Lake
+from kit.params import STAGES
+from kit.pipeline import NOTEBOOKS, execution, kernel_log
+
+
+def refresh_notebooks() -> None:
+    """Run every notebook on its defaults and write it back with its outputs, cleaned for a commit.
+
+    Dropped: execution times, papermill's and widgets' metadata, the widgets themselves (a viewer without a
+    kernel cannot show them; the static table beside each stays) and the progress lines of other notebooks.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name in STAGES:
+        path = NOTEBOOKS / f"{name}.ipynb"
+        notebook = nbformat.read(path, as_version=4)
+        print(f"{name} …", flush=True)
+        with tempfile.TemporaryDirectory() as folder, kernel_log(folder):
+            NotebookClient(
+                notebook, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
+            ).execute()
+        notebook.metadata = {
+            "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        for cell in notebook.cells:
+            cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in map(_committed, cell.outputs) if o]
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _committed(output: Any) -> Any:
+    """One output as it is committed, None to leave it out."""
+    if output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+        return None
+    output.pop("execution_count", None) if output["output_type"] != "execute_result" else None
+    output["metadata"] = {} if "metadata" in output else None
+    return {k: v for k, v in output.items() if v is not None and k != "transient"}
+
+
+def reference_run(small: str = "tiny", large: str = "demo") -> None:
+    """Write `cost.REFERENCE` from the executions of two runs in the default lake, with machine, date and commit."""
+    found = []
+    lake = Lake("lake")
+    for run in (small, large):
+        pages = lake.need(run, "10_explore_index").counts.records_out
+        stages = [
+            (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
+        ]
+        found.append(stages)
+    code = lake.need(large, "90_compare_generations").code
+    model = [
+        x.partition(":")[2]
+        for x in Path("/proc/cpuinfo").read_text().splitlines()
+        if x.startswith("model name")
+    ]
+    made = {
+        "machine": f"{os.cpu_count()} cores of {model[0].strip() if model else 'unknown'}, no GPU",
+        "date": lake.need(large, "90_compare_generations").created_at[:10],
+        "commit": str(code["git_sha"])[:10] + ("+" if code["dirty"] else ""),
+        "stages": cost.two_point_rates(*found),
+    }
+    cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    {"notebooks": refresh_notebooks, "reference": reference_run}[sys.argv[1]]()

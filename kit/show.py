@@ -1,0 +1,290 @@
+"""How the kit shows things: tables, progress, figures and pages. All text from the web is escaped here."""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+INK, ACCENT, PALE, WARN = "#22313f", "#2a7f9e", "#c9d6de", "#c8553d"
+PROGRESS_FILE = "KIT_PROGRESS_FILE"
+"""Environment variable: where a stage under `kit run` leaves its progress for the terminal to show."""
+
+CSS = f"""
+body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: .92em }}
+th, td {{ border-bottom: 1px solid {PALE}; padding: .35rem .7rem; text-align: left; vertical-align: top }}
+th {{ color: {ACCENT}; font-weight: 600 }}
+td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
+h1, h2 {{ font-weight: 600; line-height: 1.2 }}
+p.note {{ color: #66757f; font-size: .9em }}
+"""
+
+
+class Table:
+    """Rows that a notebook, a terminal and a page can all print; every cell is escaped in HTML."""
+
+    def __init__(
+        self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, width: int = 300
+    ):
+        self.rows = list(rows)
+        self.columns = list(columns or (self.rows[0] if self.rows else []))
+        self.width = width
+
+    def cell(self, value: Any) -> str:
+        """One value as text: numbers short, control characters visible, cut at `width`."""
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        if isinstance(value, int) and not isinstance(value, bool):
+            return f"{value:,}"
+        text = printable(str(value))
+        return text if len(text) <= self.width else text[: self.width - 1] + "…"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(str(c))}</th>" for c in self.columns)
+        body = "".join(
+            "<tr>"
+            + "".join(
+                f'<td{number_class(row.get(c))} style="text-align:{align(row.get(c))}">'
+                f"{html.escape(self.cell(row.get(c)))}</td>"
+                for c in self.columns
+            )
+            + "</tr>"
+            for row in self.rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def __repr__(self) -> str:
+        cells = [[self.cell(row.get(c)).replace("\n", " ") for c in self.columns] for row in self.rows]
+        widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(self.columns)]
+        numeric = [all(align(row.get(c)) == "right" for row in self.rows) for c in self.columns]
+        lines = [self.columns, *cells]
+        return "\n".join(
+            "  ".join(
+                x.rjust(w) if n else x.ljust(w) for x, w, n in zip(line, widths, numeric, strict=True)
+            ).rstrip()
+            for line in lines
+        )
+
+
+def align(value: Any) -> str:
+    """`right` for numbers and missing values, `left` for words."""
+    return "right" if value is None or isinstance(value, (int, float)) else "left"
+
+
+def number_class(value: Any) -> str:
+    """The class attribute of a numeric cell."""
+    return ' class="n"' if align(value) == "right" else ""
+
+
+def printable(text: str) -> str:
+    """Hostile text made safe to look at: control and bidirectional-override characters become visible."""
+    return "".join(
+        c if c in "\n\t" or (c.isprintable() and c not in BIDI) else f"\\u{ord(c):04x}" for c in text
+    )
+
+
+BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def escape(text: str) -> str:
+    """Any text, safe inside HTML and visible as what it is."""
+    return html.escape(printable(text))
+
+
+def page(title: str, *parts: str) -> str:
+    """A self-contained HTML page; `parts` are HTML that the caller has escaped."""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>'
+        f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>"
+    )
+
+
+class Progress:
+    """A line that says how far, how fast and how long still; see `progress`."""
+
+    def __init__(self, total: int, label: str, unit: str) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.note_text = 0, ""
+        self.started = time.perf_counter()
+        self.shown = 0.0
+        self.file = os.environ.get(PROGRESS_FILE)
+        self.handle = None
+        if not self.file and _in_notebook():
+            from IPython.display import display
+
+            # a display updated by its id ends right under papermill; tqdm's bar freezes at 0 %
+            self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more units."""
+        self.done += n
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Add a few words, such as the loss."""
+        self.note_text = text
+        self._show()
+
+    def line(self) -> str:
+        """`extract 312/840 pages · 104 pages/s · 5 s left`."""
+        seconds = time.perf_counter() - self.started
+        rate = self.done / seconds if seconds else 0.0
+        parts = [f"{self.label} {self.done:,}/{self.total:,} {self.unit}"]
+        if self.done:
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s")
+            if self.done < self.total:
+                parts.append(f"{(self.total - self.done) / rate:,.0f} s left")
+        return " · ".join([*parts, self.note_text] if self.note_text else parts)
+
+    def _show(self, last: bool = False) -> None:
+        now = time.perf_counter()
+        if not last and now - self.shown < 0.5:
+            return
+        self.shown = now
+        if self.file:
+            with open(self.file, "w", encoding="utf-8") as f:
+                f.write(self.line())
+        elif self.handle:
+            # the last word is without times: committed notebooks and nbval want the same text every run
+            text = f"{self.label}: {self.done:,} {self.unit}" if last else self.line()
+            self.handle.update({"text/plain": text}, raw=True)
+        elif sys.stderr.isatty():
+            print(f"\r\x1b[K{self.line()}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str = "rows") -> Iterator[Progress]:
+    """Show progress of `total` units in a notebook, under `kit run`, or on a terminal."""
+    bar = Progress(total, label, unit)
+    try:
+        yield bar
+    finally:
+        bar._show(last=True)
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return bool(shell) and hasattr(shell, "kernel")
+
+
+def axes(title: str, x: str = "", y: str = "", size: tuple[float, float] = (7.2, 3.4)) -> Any:
+    """A matplotlib Axes in the kit's one style; end a plot cell with `;`."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.set_title(title, loc="left", color=INK, fontsize=12)
+    ax.set_xlabel(x, color=INK)
+    ax.set_ylabel(y, color=INK)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(colors=INK, labelsize=9)
+    return ax
+
+
+def bars(
+    rows: Sequence[Mapping[str, Any]], label: str, value: str, title: str, unit: str = "", top: int = 15
+) -> Any:
+    """Horizontal bars, longest first, each with its number; `rows` are dicts."""
+    chosen = sorted(rows, key=lambda r: -(r[value] or 0))[:top][::-1]
+    ax = axes(title, unit, size=(7.2, 0.8 + 0.28 * len(chosen)))
+    drawn = ax.barh([printable(str(r[label]))[:48] for r in chosen], [r[value] for r in chosen], color=ACCENT)
+    ax.bar_label(drawn, [f"{r[value]:,.4g}" for r in chosen], padding=3, color=INK, fontsize=9)
+    ax.margins(x=0.12)
+    return ax
+
+
+def funnel(counts: Any, title: str) -> Any:
+    """Where records went: kept above, then every reason for which some were lost."""
+    rows = [{"why": "kept", "n": counts.records_out}]
+    lost = {**counts.dropped, **{f"failed: {k}": v for k, v in counts.failed.items()}}
+    rows += [{"why": k, "n": v} for k, v in sorted(lost.items(), key=lambda x: -x[1])]
+    ax = axes(title, "records", size=(7.2, 0.9 + 0.28 * len(rows)))
+    drawn = ax.barh([r["why"] for r in rows][::-1], [r["n"] for r in rows][::-1],
+                    color=[*[WARN] * (len(rows) - 1), ACCENT])  # fmt: skip
+    ax.bar_label(drawn, padding=3, color=INK, fontsize=9)
+    ax.margins(x=0.1)
+    return ax
+
+
+def lines(series: Mapping[str, Sequence[float]], title: str, x: str, y: str) -> Any:
+    """One line for each series over 1, 2, 3 …, named at its end."""
+    ax = axes(title, x, y)
+    for color, (name, values) in zip((ACCENT, WARN, INK, "#8a6fb0"), series.items(), strict=False):
+        ax.plot(range(1, len(values) + 1), values, color=color, label=name, linewidth=1.8)
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize=9)
+    return ax
+
+
+class Page:
+    """HTML made here, for a notebook to show; its author has escaped what came from outside."""
+
+    def __init__(self, markup: str) -> None:
+        self.markup = markup
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+
+def difference(left: str, right: str) -> Page:
+    """Two texts side by side, words that are in one only marked."""
+    import difflib
+
+    a, b = left.split(), right.split()
+    sides: tuple[list[str], list[str]] = ([], [])
+    for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        for side, words in ((0, a[a0:a1]), (1, b[b0:b1])):
+            text = escape(" ".join(words))
+            sides[side].append(
+                text if kind == "equal" or not text else f'<mark style="background:#f6d5cc">{text}</mark>'
+            )
+    cells = "".join(
+        f'<td style="width:50%;vertical-align:top;text-align:left">{" ".join(s)}</td>' for s in sides
+    )
+    return Page(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
+
+
+def text_page(title: str, text: str, **facts: Any) -> Page:
+    """One text from the web, with facts about it, escaped."""
+    told = " · ".join(f"{escape(k)} <b>{escape(str(v))}</b>" for k, v in facts.items() if v not in (None, ""))
+    body = escape(text).replace("\n", "<br>")
+    style = f"max-height:22em;overflow:auto;border-left:3px solid {PALE};padding-left:1em;max-width:60em"
+    return Page(f'<b>{escape(title)}</b><br><small>{told}</small><div style="{style}">{body}</div>')
+
+
+def explore(render: Any, **choices: Any) -> Any:
+    """A widget: `render(**values)` is shown anew whenever one of `choices` changes.
+
+    A choice is a list (drop-down), `(low, high, step)` (slider) or a string (text field). `render` returns
+    something with `_repr_html_`. In a notebook that nobody clicks, show a static table beside it.
+    """
+    import ipywidgets as w
+
+    def control(name: str, choice: Any) -> Any:
+        wide = {"layout": w.Layout(width="32em"), "style": {"description_width": "9em"}}
+        label = name.replace("_", " ")
+        if isinstance(choice, tuple):
+            low, high, step = choice
+            slider = w.FloatSlider if isinstance(step, float) else w.IntSlider
+            return slider(min=low, max=high, step=step, description=label, continuous_update=False, **wide)
+        if isinstance(choice, str):
+            return w.Text(value=choice, description=label, continuous_update=False, **wide)
+        return w.Dropdown(options=choice, description=label, **wide)
+
+    controls = {name: control(name, choice) for name, choice in choices.items()}
+    view = w.HTML()
+
+    def refresh(*_: Any) -> None:
+        view.value = render(**{name: c.value for name, c in controls.items()})._repr_html_()
+
+    for c in controls.values():
+        c.observe(refresh, "value")
+    refresh()
+    return w.VBox([*controls.values(), view])

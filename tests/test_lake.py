@@ -1,0 +1,208 @@
+"""The lake: the manifest is the commit, nothing half-written counts, records add up."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+
+from kit import lake as lake_module
+from kit.lake import Counts, Lake, LakeError, MissingInput, fingerprint, source_sha256
+from kit.params import ExploreIndex, ExtractText, ParamError
+
+TABLE = pa.table({"x": [1, 2, 3]})
+
+
+def commit(lake, table=TABLE, **params):
+    with lake.stage(ExploreIndex(run="r", **params)) as out:
+        out.table("part-00000", table)
+        return out.commit(Counts(records_in=table.num_rows, records_out=table.num_rows))
+
+
+@pytest.fixture
+def lake(tmp_path):
+    return Lake(str(tmp_path / "lake"))
+
+
+def test_what_is_committed_is_read(lake):
+    manifest = commit(lake)
+    assert lake.need("r", "10_explore_index") == manifest
+    assert lake.table(manifest).equals(TABLE)
+
+
+def test_records_must_add_up():
+    Counts(records_in=5, created=2, records_out=4, dropped={"a": 2}, failed={"b": 1})
+    with pytest.raises(ValueError, match="do not add up"):
+        Counts(records_in=5, records_out=4)
+
+
+def test_without_a_commit_nothing_happened(lake):
+    first = commit(lake)
+    with pytest.raises(RuntimeError), lake.stage(ExploreIndex(run="r")) as out:
+        out.table("part-00000", pa.table({"x": [9]}))
+        raise RuntimeError("killed")
+    assert lake.table(lake.need("r", "10_explore_index")).equals(TABLE)
+    assert lake.need("r", "10_explore_index") == first
+
+
+def test_ending_without_a_commit_is_an_error(lake):
+    with pytest.raises(LakeError, match="without a commit"), lake.stage(ExploreIndex(run="r")) as out:
+        out.table("part-00000", TABLE)
+
+
+def test_an_empty_result_is_a_failure(lake):
+    with (
+        pytest.raises(LakeError, match=r"yielded nothing: 4 in, 0 out \(4 too short\)"),
+        lake.stage(ExploreIndex(run="r")) as out,
+    ):
+        out.table("part-00000", TABLE)
+        out.commit(Counts(records_in=4, records_out=0, dropped={"too short": 4}))
+    assert lake.manifest("r", "10_explore_index") is None
+
+
+def test_content_hash_does_not_depend_on_the_attempt(lake):
+    a, b = commit(lake), commit(lake)
+    assert a.content_sha256 == b.content_sha256
+    assert [o.path for o in a.outputs] != [o.path for o in b.outputs]
+    assert commit(lake, pa.table({"x": [1]})).content_sha256 != a.content_sha256
+
+
+def test_measurements_are_no_part_of_the_content(lake):
+    hashes = set()
+    for seconds in (1.0, 2.0):
+        with lake.stage(ExploreIndex(run="r")) as out:
+            out.table("part-00000", TABLE)
+            out.table("timing", pa.table({"s": [seconds]}), measured=True)
+            hashes.add(out.commit(Counts(records_in=3, records_out=3)).content_sha256)
+    assert len(hashes) == 1
+
+
+def test_leftovers_of_killed_attempts_go_with_the_next_commit(lake):
+    commit(lake)
+    folder = lake.folder("r", "10_explore_index")
+    for name in ("part-00000-dead.parquet", "_manifest.json.half"):
+        lake.fs.pipe_file(f"{folder}/{name}", b"half")
+    last = commit(lake)
+    names = {os.path.basename(f) for f in lake.fs.find(folder)}
+    assert not {n for n in names if "dead" in n or "half" in n}
+    assert {o.path for o in last.outputs} <= names
+
+
+def test_a_reader_of_the_previous_result_keeps_it(lake):
+    before = commit(lake)
+    commit(lake)
+    assert lake.table(before).equals(TABLE)
+
+
+def test_inputs_are_recorded_by_content(lake):
+    source = commit(lake)
+    with lake.stage(ExtractText(run="r")) as out:
+        out.read("10_explore_index")
+        out.table("part-00000", TABLE)
+        manifest = out.commit(Counts(records_in=3, records_out=3))
+    assert manifest.inputs[0].uri == "intermediate/r/10_explore_index"
+    assert manifest.inputs[0].content_sha256 == source.content_sha256
+
+
+def test_a_missing_input_says_how_to_make_it(lake):
+    with pytest.raises(MissingInput, match="--until 10"), lake.stage(ExtractText(run="r")) as out:
+        out.read("10_explore_index")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"stage": 1}'])
+def test_a_damaged_manifest_is_told(lake, text):
+    commit(lake)
+    lake.fs.pipe_file(f"{lake.folder('r', '10_explore_index')}/_manifest.json", text.encode())
+    with pytest.raises(LakeError, match="is not a manifest"):
+        lake.need("r", "10_explore_index")
+
+
+def test_a_missing_part_is_told(lake):
+    manifest = commit(lake)
+    lake.fs.rm_file(lake.paths(manifest)[0])
+    with pytest.raises(LakeError, match="cannot read 10_explore_index"):
+        lake.table(manifest)
+
+
+@pytest.mark.parametrize("uri", ["/dev/null/x", "/proc/nothing/x"])
+def test_a_lake_that_cannot_be_written_is_one_line(uri):
+    with pytest.raises(LakeError, match="cannot be written") as error:
+        Lake(uri).check_writable()
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_protocol_is_one_line():
+    with pytest.raises(LakeError, match="cannot open lake"):
+        Lake("nosuch://bucket")
+
+
+def test_a_full_disk_is_one_line_and_no_commit(tmp_path):
+    """A limit on file size stands in for a full disk: the system refuses the write in the same place."""
+    code = (
+        "import resource, signal, pyarrow as pa, numpy as np\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from kit.lake import *; from kit.params import *\n"
+        f"lake = Lake({str(tmp_path)!r})\n"
+        "try:\n"
+        "    with lake.stage(ExploreIndex(run='r')) as out:\n"
+        "        out.table('part-00000', pa.table({'x': np.random.default_rng(0).random(100_000)}))\n"
+        "        out.commit(Counts(records_in=1, records_out=1))\n"
+        "except LakeError as error:\n"
+        "    print(error, lake.manifest('r', '10_explore_index'))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "the disk is full None" in told
+
+
+def test_a_folder_is_kept_as_a_folder(lake, tmp_path):
+    model = tmp_path / "m"
+    (model / "sub").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "sub" / "w.bin").write_bytes(b"1")
+    with lake.stage(ExploreIndex(run="r")) as out:
+        out.folder("model", model)
+        manifest = out.commit(Counts(records_in=1, records_out=1))
+    local = lake.local_folder(manifest, "model")
+    assert sorted(os.listdir(local)) == ["config.json", "sub"]
+
+
+def test_runs_are_listed(lake):
+    assert lake.runs() == []
+    commit(lake)
+    assert lake.runs() == ["r"]
+
+
+def test_fingerprint_follows_the_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"1")
+    one = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == one
+    (tmp_path / "a").write_bytes(b"2")
+    assert fingerprint(str(tmp_path)) != one
+    with pytest.raises(ParamError, match="does not exist"):
+        fingerprint(str(tmp_path / "none"))
+
+
+def test_source_hash_sees_code_and_not_parameters(tmp_path, monkeypatch):
+    notebook = {"cells": [
+        {"cell_type": "code", "source": "x = 1", "metadata": {"tags": ["parameters"]}},
+        {"cell_type": "code", "source": "from kit.data import quality", "metadata": {}},
+    ]}  # fmt: skip
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "kit" / "data").mkdir(parents=True)
+    (tmp_path / "kit" / "data" / "quality.py").write_text("A = 1")
+    monkeypatch.setattr(lake_module, "ROOT", tmp_path)
+    lake_module._module_path.cache_clear()
+
+    def now():
+        (tmp_path / "notebooks" / "10_x.ipynb").write_text(json.dumps(notebook))
+        return source_sha256("10_x")
+
+    first = now()
+    notebook["cells"][0]["source"] = "x = 2"
+    assert now() == first
+    (tmp_path / "kit" / "data" / "quality.py").write_text("A = 2")
+    assert now() != first
+    lake_module._module_path.cache_clear()

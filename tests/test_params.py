@@ -1,0 +1,110 @@
+"""Typed, flat parameters: conversion from strings, clear errors, one meaning per name."""
+
+import pytest
+
+from kit import ROOT
+from kit.params import (
+    STAGES,
+    AlignDpo,
+    ExploreIndex,
+    ParamError,
+    RefineText,
+    for_stage,
+    load_recipe,
+    validate,
+)
+
+
+def test_strings_become_their_types():
+    p = RefineText.parse(
+        {"min_words": "80", "mask_pii": "false", "min_lang_score": "0.5", "keep_languages": "[en, de]"}
+    )
+    assert (p.min_words, p.mask_pii, p.min_lang_score, p.keep_languages) == (80, False, 0.5, ["en", "de"])
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("", []), ("[]", []), ("eng", ["eng"]), ("eng, zho", ["eng", "zho"]), ("['a, b', c]", ["a, b", "c"])],
+)
+def test_lists_come_as_people_write_them(text, expected):
+    assert ExploreIndex.parse({"languages": text}).languages == expected
+
+
+def test_a_model_is_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        RefineText().min_words = 3
+
+
+def test_unknown_name_names_the_nearest():
+    with pytest.raises(ParamError, match="unknown parameter 'sft_step'; did you mean 'sft_steps'"):
+        validate({"sft_step": 3})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_words": "many"},
+        {"min_lang_score": 2},
+        {"extractor": "magic"},
+        {"run": "a/b"},
+        {"prompts": [{"a": "b"}]},
+    ],
+)
+def test_wrong_values_are_refused_by_name(values):
+    with pytest.raises(ParamError, match=f"parameter '{next(iter(values))}'"):
+        validate(values)
+
+
+def test_every_wrong_word_is_named_at_once():
+    with pytest.raises(ParamError, match="nosuch.*min_words"):
+        validate({"nosuch": 1, "min_words": "x"})
+
+
+def test_one_name_means_one_thing():
+    seen = {}
+    for cls in STAGES.values():
+        for name, field in cls.model_fields.items():
+            meaning = (field.annotation, field.default, field.description)
+            assert seen.setdefault(name, meaning) == meaning, f"{name} means two things"
+
+
+def test_from_cell_takes_only_what_the_stage_knows():
+    p = AlignDpo.from_cell({"dpo_steps": 3, "nosuch": 1, "__name__": "x"})
+    assert p.dpo_steps == 3
+
+
+def test_identity_leaves_out_where_and_how_much():
+    a = RefineText(run="a", lake="x", usd_per_hour=1, cores=1).identity()
+    assert a == RefineText(run="b", lake="y", usd_per_hour=2, cores=2).identity()
+    assert a != RefineText(min_words=51).identity()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "params").glob("*.yaml")), ids=lambda f: f.name)
+def test_shipped_recipes_are_valid(recipe):
+    values = load_recipe(recipe)
+    assert {for_stage(cls, values).run for cls in STAGES.values()} == {recipe.stem}
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("a: [1", "not YAML"),
+        ("- a\n- b", "name: value"),
+        ("just words", "name: value"),
+        ("a: 1\n b: 2\n", "not YAML, line 2"),
+    ],
+)
+def test_what_is_no_recipe_is_told_in_one_line(tmp_path, text, line):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ParamError, match=line) as error:
+        load_recipe(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_recipe_is_told(tmp_path):
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "none.yaml", binary, tmp_path):
+        with pytest.raises(ParamError, match="the kit ships params/demo.yaml"):
+            load_recipe(path)

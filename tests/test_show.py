@@ -1,0 +1,72 @@
+"""What people look at: escaped, short, and the same in a notebook, a terminal and a page."""
+
+import matplotlib
+import pytest
+
+from kit import show
+from kit.lake import Counts
+
+matplotlib.use("Agg")
+EVIL = "<script>alert(1)</script>\u202eevil\x1b[31m"
+
+
+def test_text_from_the_web_is_escaped_wherever_it_is_shown():
+    widget = show.explore(lambda x: show.text_page(EVIL, EVIL, host=EVIL), x=[1])
+    shown = [
+        show.Table([{EVIL: EVIL}])._repr_html_(),
+        show.text_page(EVIL, EVIL, host=EVIL)._repr_html_(),
+        show.difference(EVIL, "b " + EVIL)._repr_html_(),
+        show.page(EVIL),
+        widget.children[-1].value,
+    ]
+    for markup in shown:
+        assert "<script>" not in markup and "&lt;script&gt;" in markup
+    for markup in shown[:3]:
+        assert "\u202e" not in markup and "\x1b" not in markup
+
+
+def test_a_terminal_table_shows_no_control_characters():
+    assert "\x1b" not in repr(show.Table([{"a": EVIL}]))
+
+
+def test_a_table_aligns_numbers_right_and_cuts_long_texts():
+    lines = repr(show.Table([{"n": 5, "t": "x" * 50}, {"n": 1234, "t": "y"}], width=10)).splitlines()
+    assert lines[1].startswith("    5  xxxxxxxxx…") and lines[2].startswith("1,234  y")
+
+
+def test_an_empty_table_is_shown():
+    assert "<table>" in show.Table([])._repr_html_() and repr(show.Table([])) == ""
+
+
+def test_differences_are_marked_on_both_sides():
+    markup = show.difference("a b c", "a x c")._repr_html_()
+    assert ">b</mark>" in markup and ">x</mark>" in markup and ">a</mark>" not in markup
+
+
+def test_progress_says_how_far_and_how_long(monkeypatch, tmp_path):
+    path = tmp_path / "progress"
+    monkeypatch.setenv(show.PROGRESS_FILE, str(path))
+    with show.progress(4, "extract", "pages") as bar:
+        bar.update(2)
+        assert "2/4 pages" in bar.line() and "s left" in bar.line()
+        bar.note("loss 2.1")
+    assert path.read_text().startswith("extract 2/4 pages") and "loss 2.1" in path.read_text()
+
+
+def test_a_widget_follows_its_controls():
+    widget = show.explore(
+        lambda n, word, name: show.Page(f"{n} {word} {name}"), n=(0, 10, 1), word=["a", "b"], name="x"
+    )
+    number, word, name, view = widget.children
+    assert view.value == "0 a x"
+    number.value, word.value, name.value = 3, "b", "y"
+    assert view.value == "3 b y"
+
+
+@pytest.mark.parametrize("n", [1, 30])
+def test_figures_carry_their_numbers(n):
+    rows = [{"k": f"k{i}", "v": i + 1} for i in range(n)]
+    ax = show.bars(rows, "k", "v", "title", top=5)
+    assert len(ax.patches) == min(n, 5) and max(b.get_width() for b in ax.patches) == n
+    kept = show.funnel(Counts(records_in=3, records_out=1, dropped={"a": 1}, failed={"b": 1}), "t")
+    assert [t.get_text() for t in kept.get_yticklabels()] == ["failed: b", "a", "kept"]
