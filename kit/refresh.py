@@ -18,8 +18,8 @@ from kit.params import STAGES
 from kit.pipeline import NOTEBOOKS, execution, kernel_log
 
 
-def refresh_notebooks() -> None:
-    """Run every notebook on its defaults and write it back with its outputs, cleaned for a commit.
+def refresh_notebooks(*numbers: str) -> None:
+    """Run every notebook (or those of `numbers`) on its defaults and write it back with its outputs, cleaned.
 
     Dropped: execution times, papermill's and widgets' metadata, the widgets themselves (a viewer without a
     kernel cannot show them; the static table beside each stays) and the progress lines of other notebooks.
@@ -27,7 +27,7 @@ def refresh_notebooks() -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    for name in STAGES:
+    for name in (n for n in STAGES if not numbers or n[:2] in numbers):
         path = NOTEBOOKS / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         print(f"{name} …", flush=True)
@@ -81,4 +81,4 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
 
 
 if __name__ == "__main__":
-    {"notebooks": refresh_notebooks, "reference": reference_run}[sys.argv[1]]()
+    {"notebooks": refresh_notebooks, "reference": reference_run}[sys.argv[1]](*sys.argv[2:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +48,9 @@ class Table:
         return text if len(text) <= self.width else text[: self.width - 1] + "…"
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(str(c))}</th>" for c in self.columns)
+        head = "".join(
+            f'<th style="text-align:{align(self.rows[0].get(c))}">{escape(str(c))}</th>' for c in self.columns
+        )
         body = "".join(
             "<tr>"
             + "".join(
@@ -232,6 +235,9 @@ class Page:
     def _repr_html_(self) -> str:
         return self.markup
 
+    def __repr__(self) -> str:
+        return printable(html.unescape(re.sub(r"<[^>]*>", " ", self.markup))).strip()
+
 
 def difference(left: str, right: str) -> Page:
     """Two texts side by side, words that are in one only marked."""
@@ -262,7 +268,7 @@ def text_page(title: str, text: str, **facts: Any) -> Page:
 def explore(render: Any, **choices: Any) -> Any:
     """A widget: `render(**values)` is shown anew whenever one of `choices` changes.
 
-    A choice is a list (drop-down), `(low, high, step)` (slider) or a string (text field). `render` returns
+    A choice is a list (drop-down), `(low, high, step, start)` (slider) or a string (text field). `render` returns
     something with `_repr_html_`. In a notebook that nobody clicks, show a static table beside it.
     """
     import ipywidgets as w
@@ -271,9 +277,11 @@ def explore(render: Any, **choices: Any) -> Any:
         wide = {"layout": w.Layout(width="32em"), "style": {"description_width": "9em"}}
         label = name.replace("_", " ")
         if isinstance(choice, tuple):
-            low, high, step = choice
+            low, high, step, start = choice
             slider = w.FloatSlider if isinstance(step, float) else w.IntSlider
-            return slider(min=low, max=high, step=step, description=label, continuous_update=False, **wide)
+            return slider(
+                value=start, min=low, max=high, step=step, description=label, continuous_update=False, **wide
+            )
         if isinstance(choice, str):
             return w.Text(value=choice, description=label, continuous_update=False, **wide)
         return w.Dropdown(options=choice, description=label, **wide)

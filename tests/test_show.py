@@ -55,10 +55,10 @@ def test_progress_says_how_far_and_how_long(monkeypatch, tmp_path):
 
 def test_a_widget_follows_its_controls():
     widget = show.explore(
-        lambda n, word, name: show.Page(f"{n} {word} {name}"), n=(0, 10, 1), word=["a", "b"], name="x"
+        lambda n, word, name: show.Page(f"{n} {word} {name}"), n=(0, 10, 1, 2), word=["a", "b"], name="x"
     )
     number, word, name, view = widget.children
-    assert view.value == "0 a x"
+    assert view.value == "2 a x"
     number.value, word.value, name.value = 3, "b", "y"
     assert view.value == "3 b y"
 

