@@ -1,10 +1,14 @@
 # Two commands are all a newcomer needs: make demo, make test. Each builds .venv when it is missing.
+# They work from any folder: make -f /path/to/Makefile demo
+ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
+ifneq ($(CURDIR)/,$(ROOT))
+%:
+	@$(MAKE) --no-print-directory -C $(ROOT) $@
+.DEFAULT_GOAL := demo
+else
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-# a checkout may lie anywhere and be called from anywhere: every command below runs in this folder
-ROOT := $(dir $(abspath $(lastword $(MAKEFILE_LIST))))
-
 .PHONY: demo test test-all lint lab notebooks samples reference install clean
 
 install: .venv/.installed
@@ -22,10 +26,12 @@ demo: install  ## the newcomer's run: the whole chain on the sample crawl
 test: install  ## lint, unit tests, every notebook, the smoke chain
 	$(MAKE) lint
 	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --nbval-lax notebooks
 
 test-all: install  ## the same with the slow tests
 	$(MAKE) lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax notebooks
 
 lint: install
 	$(BIN)/ruff check .
@@ -41,8 +47,9 @@ samples: install  ## rebuild the sample crawl, byte for byte
 	$(BIN)/python data_samples/build.py
 
 reference: install  ## after make demo: write the rates that kit estimate starts from
-	$(BIN)/kit run params/smoke.yaml -p run=tiny -p max_pages=60 -p train_languages= -p prefer_reviews=false --until 50
+	$(BIN)/kit run params/smoke.yaml -p run=tiny -p max_pages=150
 	$(BIN)/python -m kit.refresh reference
 
 clean:
 	rm -rf .venv .cache lake
+endif

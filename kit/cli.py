@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import ROOT, KitError, cost, pipeline
+from kit import ROOT, KitError, cost, pipeline, resolve
 from kit.lake import Lake
 from kit.params import (
     STAGES,
@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument(
         "run", nargs="?", help="name of the run, or its recipe; default: every run of the lake"
     )
-    status.add_argument("--lake", help="folder or s3://…", default="lake")
+    status.add_argument("--lake", help="folder or s3://…; default: lake/ of the checkout")
     trace = commands.add_parser("trace", help="from a row or document back to its bytes")
     trace.add_argument("id", help="row_id, pair_id or doc_id")
     trace.add_argument("--run", help="name of the run; default: every run of the lake")
-    trace.add_argument("--lake", help="folder or s3://…", default="lake")
+    trace.add_argument("--lake", help="folder or s3://…; default: lake/ of the checkout")
     recipe(commands.add_parser("estimate", help="time, memory and dollars before anything runs"))
     commands.add_parser("doctor", help="what this machine has, and what will work")
     return top
@@ -103,6 +103,7 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
     if args.lake:
         values["lake"] = _from_here("lake", args.lake)
     validate(values)
+    _check_paths(values)
     return values
 
 
@@ -118,6 +119,19 @@ def _from_here(name: str, value: str) -> Any:
         return move(value)
     items = value.strip().removeprefix("[").removesuffix("]").split(",")
     return [move(item.strip().strip("'\"")) for item in items if item.strip()]
+
+
+def _lake(given: str | None) -> Lake:
+    """The lake of the command line, else the default one of the recipes."""
+    return Lake(_from_here("lake", given) if given else known_fields()["lake"].default)
+
+
+def _check_paths(values: dict[str, Any]) -> None:
+    """Raise `ParamError` for a local path that is not there, before anything starts."""
+    for name in (n for n in values if is_path(n) and n != "lake"):
+        for path in values[name] if is_list(name) else [values[name]]:
+            if "://" not in path and not Path(resolve(path)).exists():
+                raise ParamError(f"parameter '{name}': '{path}' does not exist")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,7 +157,7 @@ def _print_records(table: Table) -> None:
 
 
 def _status(args: argparse.Namespace) -> int:
-    lake = Lake(_from_here("lake", args.lake))
+    lake = _lake(args.lake)
     runs, values = lake.runs(), {}
     if args.run and args.run.endswith((".yaml", ".yml")):
         values = load_recipe(args.run)
@@ -163,7 +177,7 @@ def _status(args: argparse.Namespace) -> int:
 def _trace(args: argparse.Namespace) -> int:
     from kit.data.trace import trace
 
-    lake = Lake(_from_here("lake", args.lake))
+    lake = _lake(args.lake)
     print(trace(lake, args.id, [args.run] if args.run else lake.runs()))
     return 0
 

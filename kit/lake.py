@@ -176,8 +176,8 @@ class Lake:
         return [f"{base}/{o.path}" for o in manifest.outputs if o.name.startswith(name)]
 
     def table(self, manifest: Manifest, name: str = "part", columns: list[str] | None = None) -> pa.Table:
-        """All Parquet parts named `name…` as one table; raises `LakeError` when one is missing or damaged."""
-        paths = self.paths(manifest, name)
+        """All Parquet files named `name…` as one table; raises `LakeError` when one is missing or damaged."""
+        paths = [path for path in self.paths(manifest, name) if path.endswith(".parquet")]
         if not paths:
             raise LakeError(f"{manifest.stage} of run '{manifest.run}' holds no '{name}'")
         with explained(f"cannot read {manifest.stage} of run '{manifest.run}'"):
@@ -327,8 +327,9 @@ def write_bytes(lake_uri: str, base: str, attempt: str, name: str, data: bytes, 
     # files of a folder (a model) keep their names, inside a folder of their attempt's own
     path = f"{attempt}/{head}/{tail}" if head else f"{_stem(tail)}-{uuid.uuid4().hex[:8]}{_suffix(tail)}"
     full = f"{base}/{path}"
-    fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-    fs.pipe_file(full, data)
+    with explained(f"cannot write {name}"):
+        fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        fs.pipe_file(full, data)
     return Output(name=name, path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

@@ -48,8 +48,9 @@ class Table:
         return text if len(text) <= self.width else text[: self.width - 1] + "…"
 
     def _repr_html_(self) -> str:
+        first = self.rows[0] if self.rows else {}
         head = "".join(
-            f'<th style="text-align:{align(self.rows[0].get(c))}">{escape(str(c))}</th>' for c in self.columns
+            f'<th style="text-align:{align(first.get(c))}">{escape(str(c))}</th>' for c in self.columns
         )
         body = "".join(
             "<tr>"

@@ -36,6 +36,7 @@ def test_a_table_aligns_numbers_right_and_cuts_long_texts():
 
 def test_an_empty_table_is_shown():
     assert "<table>" in show.Table([])._repr_html_() and repr(show.Table([])) == ""
+    assert "<th" in show.Table([], ["a"])._repr_html_() and repr(show.Table([], ["a"])) == "a"
 
 
 def test_differences_are_marked_on_both_sides():
