@@ -2,7 +2,7 @@
 
 Floors, lowest first; an upper floor may call a lower one, never the other way round:
 `params`, `lake`, `cost` → `show` → `data/` and `train/` (never each other) → `measure/`.
-`pipeline` runs notebooks and `cli` talks to people; neither imports a stage.
+`pipeline` runs notebooks and imports no stage; `doctor`, `cli` and `refresh` stand on top and talk to people.
 """
 
 from pathlib import Path

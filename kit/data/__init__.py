@@ -1,0 +1,1 @@
+"""The data half: index → pages → documents → tags → clusters → training rows. Imports no torch."""

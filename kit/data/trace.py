@@ -1,0 +1,132 @@
+"""From a training row or document back to its bytes, with every decision taken on the way."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from kit import resolve
+from kit.data import archive, pii
+from kit.data.archive import RecordError
+from kit.data.extract import decode, open_archive
+from kit.lake import Lake, LakeError
+from kit.show import printable
+
+PLACEHOLDER = re.compile("|".join(f"<{kind.upper()}>" for kind in pii.TYPES))
+WORD = re.compile(r"\w+")
+
+
+def trace(lake: Lake, wanted: str, runs: list[str]) -> str:
+    """The way back as lines of text; raises `LakeError` when no run knows the id `wanted`."""
+    for run in runs:
+        row = _find(lake, run, "50_build_datasets", ("train", "heldout"), row_id=wanted)
+        pair = _find(lake, run, "50_build_datasets", ("preferences",), pair_id=wanted)
+        if pair:
+            sides = [trace(lake, pair[side], [run]) for side in ("chosen_row", "rejected_row")]
+            return f"pair {wanted} of run '{run}', about {pair['item']}\n\nchosen\n{sides[0]}\n\nrejected\n{sides[1]}"
+        doc = _find(lake, run, "20_extract_text", doc_id=row["doc_id"] if row else wanted)
+        if doc:
+            return "\n".join(_lines(lake, run, row, doc))
+    raise LakeError(f"no row, pair or document '{wanted}' in {lake.uri} ({', '.join(runs) or 'no run'})")
+
+
+def _find(
+    lake: Lake, run: str, stage: str, names: tuple[str, ...] = ("part",), **wanted: Any
+) -> dict[str, Any] | None:
+    """The first row of a stage's result with the `wanted` values, None if the stage or the row is missing."""
+    manifest = lake.manifest(run, stage)
+    for name in names if manifest else ():
+        if any(o.name.startswith(name) and o.name.endswith(".parquet") for o in manifest.outputs):
+            table = lake.table(manifest, name)
+            for column, value in wanted.items():
+                table = table.filter(pc.equal(table[column], pa.scalar(value)))
+            if table.num_rows:
+                return table.slice(0, 1).to_pylist()[0]
+    return None
+
+
+def _lines(lake: Lake, run: str, row: dict[str, Any] | None, doc: dict[str, Any]) -> list[str]:
+    refined = _find(lake, run, "30_refine_text", doc_id=doc["doc_id"])
+    cluster = _find(lake, run, "40_deduplicate", doc_id=doc["doc_id"])
+    place = {k: doc[k] for k in ("warc_filename", "warc_record_offset", "url")}
+    selected = _find(lake, run, "10_explore_index", **place)
+    lines = []
+    if row:
+        about = f" about '{row['item']}'" if row["item"] else ""
+        about += f", rated {row['rating']:g}" if row["rating"] is not None else ""
+        lines.append(f"row       {row['row_id']} of run '{run}': {row['kind']}{about}")
+        lines.append(f"          {_short(row['prompt'] + row['completion'])}")
+    lines.append(
+        f"document  {doc['doc_id']} by {doc['extractor']}, charset {doc['charset']}: {_short(doc['title'])}"
+    )
+    if refined:
+        masked = ", ".join(f"{v} {k}" for k, v in refined["pii"].items() if v) or "nothing"
+        lines.append(
+            f"refined   language {refined['lang']} ({refined['lang_score']:.2f}), {refined['tags']['words']:.0f} words, "
+            f"masked {masked}, {'dropped: ' + refined['drop_reason'] if refined['drop_reason'] else 'kept'}"
+        )
+    if cluster:
+        size = (
+            "alone"
+            if cluster["cluster_id"] == doc["doc_id"] and cluster["keep"]
+            else f"cluster {cluster['cluster_id']}"
+        )
+        fate = (
+            "kept"
+            if cluster["keep"]
+            else f"{cluster['reason']} of {cluster['survivor']} ({cluster['jaccard']:.2f})"
+        )
+        lines.append(f"dedup     {size}, {fate}")
+    lines.append(f"page      {printable(doc['url'])}, fetched {doc['fetch_time']}, status {doc['status']}")
+    lines.append(
+        f"bytes     {doc['warc_filename']}, offset {doc['warc_record_offset']}, length {doc['warc_record_length']}"
+    )
+    text = row["completion"] if row else (refined or doc)["text"]
+    manifest = lake.need(run, "10_explore_index")
+    return [
+        *lines,
+        f"          {_proof(resolve(manifest.metrics['archive_base']), selected or doc, doc, text)}",
+    ]
+
+
+def _proof(base: str, selected: dict[str, Any], doc: dict[str, Any], text: str) -> str:
+    """Read the bytes again and say how much of `text` they hold, in order: words between masks and mark-up."""
+    try:
+        wrapping = selected.get("wrapping", "member")
+        with open_archive(f"{base}/{doc['warc_filename']}", wrapping) as f:
+            raw = archive.read_bytes(
+                f, doc["warc_record_offset"], doc["warc_record_length"], wrapping, 1 << 30
+            )
+        page = archive.parse_page(raw, 1 << 30)
+    except RecordError as error:
+        return f"the bytes there cannot be read now: {error}"
+    source = decode(page.payload, page.charset)[0]
+    there = " ".join(WORD.findall(_unescaped(source)))
+    pieces = [" ".join(WORD.findall(s)) for s in re.split(r"[.!?\n]", PLACEHOLDER.sub("\n", text))]
+    pieces = [s for s in pieces if s]
+    held = sum(s in there for s in pieces)
+    same = "digest the same" if page.digests[0] == doc["payload_digest"] else "DIGEST CHANGED"
+    return (
+        f"read again: {len(raw):,} bytes, {same}, {held} of {len(pieces)} sentences of the text found in them"
+    )
+
+
+def _unescaped(source: str) -> str:
+    """HTML with mark-up, entities and JSON escapes undone, so that text can be looked for in it."""
+    plain = html.unescape(re.sub(r"<[^<>]{0,2000}>", " ", source))
+    return (
+        plain
+        + " "
+        + re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), html.unescape(source))
+        .replace("\\n", " ")
+        .replace("\\/", "/")
+    )
+
+
+def _short(text: str | None, width: int = 150) -> str:
+    plain = printable(" ".join((text or "").split()))
+    return plain if len(plain) <= width else plain[: width - 1] + "…"

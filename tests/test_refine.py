@@ -1,0 +1,199 @@
+"""Refining: repaired, tagged and judged; nothing deleted, and every verdict can be taken again from the tags."""
+
+from collections import Counter
+
+import pytest
+
+from kit.data import pii
+from kit.data.refine import REFINED, detect_language, redecide, refine_batch, refine_row, repair, verdict
+from kit.lake import Lake
+from kit.params import ParamError, RefineText
+
+ISO = {
+    "eng": "en",
+    "deu": "de",
+    "fra": "fr",
+    "spa": "es",
+    "rus": "ru",
+    "zho": "zh",
+    "jpn": "ja",
+    "por": "pt",
+    "ita": "it",
+    "pol": "pl",
+}
+HOSTILE = {
+    "null bytes": "a\x00" * 500_000,
+    "lone surrogates": "\ud800a\udfff" * 200_000,
+    "bidi overrides": "\u202e\u2066a" * 200_000,
+    "e-mail": "a@" * 500_000,
+    "many e-mails": "a@b.co " * 100_000,
+    "dots": "1." * 500_000,
+    "angles": "<" * 1_000_000,
+    "colons": "a:" * 500_000,
+    "digits": "1" * 1_000_000,
+    "dashes": "1-" * 200_000,
+    "pluses": "+1" * 200_000,
+    "cards": "4111 " * 100_000,
+    "parentheses": "(1)" * 200_000,
+    "one word": "a" * 1_000_000,
+    "mojibake": "Ã©Ã" * 100_000,
+    "accents": "e" + "\u0301" * 500_000,
+    "lines": "\n" * 300_000,
+    "nothing": "",
+}
+
+
+def document(text: str, **values) -> dict:
+    """An extracted document as far as refining looks at it."""
+    return {"text": text, "title": "", "reviews": [], "images": []} | values
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_text_ends_in_bounded_time(name: str) -> None:
+    found = refine_row(document(HOSTILE[name], title="\ud800\x00"), RefineText())
+    found["text"].encode()
+    assert not set(found["text"]) & set("\x00\u202e\u2066")
+
+
+@pytest.mark.parametrize(
+    "broken, right",
+    [
+        ("cafÃ© â€“ naÃ¯ve", "café – naïve"),
+        ("e\u0301", "é"),
+        ("a\u202eb\u200bc\ufeff", "abc"),
+        ("a \t b\r\nc\r\n\r\n\r\n\r\nd", "a b\nc\n\nd"),
+        ("a &amp; b <p> “q” ﬁ", "a &amp; b <p> “q” ﬁ"),
+        ("你好，世界！", "你好，世界！"),
+    ],
+)
+def test_repair(broken: str, right: str) -> None:
+    assert repair(broken) == right
+    assert repair(right) == right
+
+
+def test_planted_mojibake_becomes_the_text_of_the_clean_page(refined: dict, crawl_planted: dict) -> None:
+    def words(url: str) -> list[str]:
+        return max(refined[url]["text"].split("\n"), key=len).split()
+
+    right = [words(x["url"]) == words(x["of"]) for x in crawl_planted["mojibake"]]
+    print(f"mojibake repaired: {sum(right)} of {len(right)}")
+    assert all(right)
+    assert all(refined[x["url"]]["repaired"] for x in crawl_planted["mojibake"])
+
+
+def test_planted_languages_are_told(refined: dict, crawl_planted: dict) -> None:
+    told = [
+        (ISO[x["language"]], refined[x["url"]]["lang"])
+        for x in crawl_planted["language"]
+        if x["url"] in refined
+    ]
+    right = Counter(want for want, got in told if want == got)
+    for lang, n in Counter(want for want, _ in told).most_common():
+        print(f"language {lang}: {right[lang]} of {n}")
+    print(f"language: accuracy {right.total() / len(told):.3f} of {len(told)}")
+    assert len(told) > 700
+    assert right.total() / len(told) >= 0.95
+    assert detect_language("… 123 !") == ("und", 0.0)
+
+
+def test_planted_trash_is_dropped_and_good_pages_stay(refined: dict, crawl_planted: dict) -> None:
+    for x in crawl_planted["spam"]:
+        print(f"spam {x['kind']}: {refined[x['url']]['drop_reason'] or 'KEPT'}")
+    for kind in ("spam", "short", "soft_404"):
+        gone = [refined[x["url"]]["drop_reason"] is not None for x in crawl_planted[kind]]
+        print(f"{kind}: recall {sum(gone) / len(gone):.2f} of {len(gone)}")
+    trash = {x["url"] for kind in ("spam", "short", "soft_404") for x in crawl_planted[kind]}
+    good = {
+        x["url"] for kind in ("review", "product_review", "near_duplicate") for x in crawl_planted[kind]
+    } - trash
+    kept = [refined[u]["drop_reason"] is None for u in good]
+    dropped = {u for u, d in refined.items() if d["drop_reason"]}
+    print(f"all drops: precision {len(dropped & trash) / len(dropped):.2f} of {len(dropped)}")
+    print(f"reviews kept: {sum(kept) / len(kept):.3f} of {len(kept)}")
+    print("dropped, not planted as trash:", Counter(refined[u]["drop_reason"] for u in dropped - trash))
+    assert all(refined[x["url"]]["drop_reason"] for x in crawl_planted["short"])
+    assert sum(kept) / len(kept) >= 0.95
+
+
+def test_nothing_is_deleted(data_lake: Lake, documents: dict, refined: dict) -> None:
+    assert refined.keys() == documents.keys()
+    manifest = data_lake.need("sample", "30_refine_text")
+    assert manifest.counts.records_in == len(refined)
+    assert manifest.counts.records_out == sum(d["drop_reason"] is None for d in refined.values())
+    same = ("doc_id", "url", "fetch_time", "warc_filename", "warc_record_offset", "charset", "payload_digest")
+    for url, doc in documents.items():
+        assert {k: doc[k] for k in same} == {k: refined[url][k] for k in same}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        {},
+        {"min_words": 80},
+        {"min_words": 0, "max_words": 200},
+        {"min_lang_score": 0.95, "keep_languages": ["en", "ja"]},
+        {"max_duplicate_lines": 0.0},
+        {"quality_rules": ["gopher_repetition"]},
+        {"quality_rules": [], "min_lang_score": 0},
+    ],
+    ids=str,
+)
+def test_redecide_in_sql_is_the_verdict_of_python(data_lake: Lake, refined: dict, moved: dict) -> None:
+    p = RefineText(**moved)
+    wanted = Counter(verdict(row, p)[1] or "kept" for row in refined.values())
+    assert redecide(data_lake, data_lake.need("sample", "30_refine_text"), **moved) == wanted
+
+
+def test_a_value_on_its_threshold_is_judged_alike(data_lake: Lake, refined: dict) -> None:
+    for row in list(refined.values())[::90]:
+        for score in (row["lang_score"], row["lang_score"] + 1e-12):
+            p = RefineText(min_lang_score=min(score, 1.0))
+            wanted = Counter(verdict(r, p)[1] or "kept" for r in refined.values())
+            found = redecide(
+                data_lake, data_lake.need("sample", "30_refine_text"), min_lang_score=p.min_lang_score
+            )
+            assert found == wanted
+
+
+def test_redecide_names_a_mistyped_threshold(data_lake: Lake) -> None:
+    with pytest.raises(ParamError, match="min_words"):
+        redecide(data_lake, data_lake.need("sample", "30_refine_text"), min_word=3)
+
+
+def test_the_stored_verdict_is_that_of_the_stored_tags(refined: dict) -> None:
+    for row in refined.values():
+        assert verdict(row, RefineText()) == (row["failed_rules"], row["drop_reason"])
+
+
+def test_title_reviews_and_images_are_masked_like_the_text() -> None:
+    mail = "ask jo@site.example"
+    row = document(
+        mail,
+        title=mail,
+        reviews=[{"item": "x", "title": mail, "body": mail}],
+        images=[{"src": "jo@site.example", "alt": mail, "caption": mail, "context": mail}],
+    )
+    found = refine_row(row, RefineText())
+    texts = [found["text"], found["title"], *list(found["reviews"][0].values())[1:]]
+    texts += list(found["images"][0].values())[1:]
+    assert texts == ["ask <EMAIL>"] * 7
+    assert found["images"][0]["src"] == "jo@site.example"
+    plain = refine_row(row, RefineText(mask_pii=False))
+    assert (plain["text"], plain["reviews"][0]["body"]) == (mail, mail)
+    assert plain["pii"] == dict.fromkeys(pii.TYPES, 0) | {"email": 1}
+
+
+def test_a_batch_keeps_rows_and_order(data_lake: Lake, documents: dict) -> None:
+    table = data_lake.table(data_lake.need("sample", "20_extract_text")).slice(0, 20)
+    found = refine_batch(table, RefineText())
+    assert found.schema == REFINED
+    assert found["doc_id"].to_pylist() == table["doc_id"].to_pylist()
+    assert refine_batch(table.slice(0, 0), RefineText()).num_rows == 0
+
+
+def test_an_unknown_rule_set_names_those_there_are(data_lake: Lake) -> None:
+    from kit.data.refine import refine_documents
+
+    with pytest.raises(ParamError, match=r"gofer.*gopher_quality"):
+        refine_documents(RefineText(quality_rules=["gofer"], run="sample", lake=data_lake.uri), data_lake)

@@ -1,0 +1,61 @@
+"""The way back: from a row, a pair or a document to the bytes that hold its sentences."""
+
+import re
+
+import pytest
+
+from kit.data.trace import trace
+from kit.lake import Lake, LakeError
+
+HELD = re.compile(r"(\d+) of (\d+) sentences")
+
+
+def rows(lake: Lake, stage: str, name: str) -> list[dict]:
+    return lake.table(lake.need("sample", stage), name).to_pylist()
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_row_leads_to_bytes_that_hold_it(data_lake: Lake, refined: dict, split: str) -> None:
+    by_id = {d["doc_id"]: d for d in refined.values()}
+    for row in rows(data_lake, "50_build_datasets", f"{split}.parquet")[::25]:
+        told = trace(data_lake, row["row_id"], ["sample"])
+        doc = by_id[row["doc_id"]]
+        for part in (
+            doc["url"],
+            doc["warc_filename"],
+            f"offset {doc['warc_record_offset']}",
+            "digest the same",
+        ):
+            assert part in told
+        assert f"length {doc['warc_record_length']}" in told
+        held, of = map(int, HELD.search(told).groups())
+        assert held == of > 0, told
+
+
+def test_documents_lead_to_bytes_that_hold_them(data_lake: Lake, refined: dict) -> None:
+    for doc in [d for d in refined.values() if not d["repaired"]][::40]:
+        told = trace(data_lake, doc["doc_id"], ["nowhere", "sample"])
+        held, of = map(int, HELD.search(told).groups())
+        assert held == of, told
+        assert (f"dropped: {doc['drop_reason']}" if doc["drop_reason"] else "kept") in told
+
+
+def test_a_pair_shows_both_sides(data_lake: Lake) -> None:
+    pair = rows(data_lake, "50_build_datasets", "preferences.parquet")[0]
+    told = trace(data_lake, pair["pair_id"], ["sample"])
+    assert pair["item"] in told
+    assert told.index(pair["chosen_row"]) < told.index(pair["rejected_row"])
+    assert told.count("offset") == 2
+
+
+def test_a_removed_copy_tells_which_was_kept(data_lake: Lake) -> None:
+    copy = next(r for r in rows(data_lake, "40_deduplicate", "part") if r["reason"] == "near copy")
+    told = trace(data_lake, copy["doc_id"], ["sample"])
+    assert f"near copy of {copy['survivor']} ({copy['jaccard']:.2f})" in told
+
+
+def test_an_unknown_id_is_one_clear_line(data_lake: Lake) -> None:
+    with pytest.raises(LakeError, match="no row, pair or document 'x1'"):
+        trace(data_lake, "x1", ["sample"])
+    with pytest.raises(LakeError, match="no run"):
+        trace(data_lake, "x1", [])
