@@ -283,9 +283,7 @@ def html_page(
     known = ",".join(dict.fromkeys((language, chrome))) if right else None
     more = {"languages": known, "kind": kind} | more
     planted = (row("language", language=language), *rows)
-    return Page(
-        url, body, text, title, language, header=header, detected=detected, rows=planted, **more
-    )
+    return Page(url, body, text, title, language, header=header, detected=detected, rows=planted, **more)
 
 
 # ---------------------------------------------------------------- the review site and the shop
@@ -373,8 +371,7 @@ def shop_pages(products: list[dict]) -> Iterable[Page]:
     for n, product in enumerate(products):
         name, reviews, text = product["product"], product["reviews"], tidy(product["description"])
         specs = "".join(
-            f"<tr><th>{E(str(k))}</th><td>{E(str(v))}</td></tr>"
-            for k, v in product["specs"].items()
+            f"<tr><th>{E(str(k))}</th><td>{E(str(v))}</td></tr>" for k, v in product["specs"].items()
         )
         main = (
             f'<h1>{E(name)}</h1><p class="brand">{E(product["brand"])} · SKU {E(product["sku"])}'
@@ -484,14 +481,18 @@ ATTIC = {  # the broken records' own pages: (what is broken): text
     "cut": "The last box is the heaviest: forty years of railway timetables, each with a pencilled"
     " cross beside a train that was missed, and on the lid a note asking us to finish the list.",
 }
-SHORT = (
-    "Closed until Easter. Ring the bell at number nine.|Nothing here yet, we only moved in on"
-    " Tuesday.|Lost: one green mitten, left hand. Found: one red mitten, left hand.|The pump is"
-    " mended. Thank you, Ahmed.|Choir practice is at seven, not half past.|Gone fishing, and this"
-    " time I mean it.|Page reserved for the minutes of the next meeting.|Eggs sold out. Try again"
-    " after Thursday.|This site looks best on the old computer in the library.|Under construction"
-    " since 2009."
-).split("|")
+SHORT = [
+    "Closed until Easter. Ring the bell at number nine.",
+    "Nothing here yet, we only moved in on Tuesday.",
+    "Lost: one green mitten, left hand. Found: one red mitten, left hand.",
+    "The pump is mended. Thank you, Ahmed.",
+    "Choir practice is at seven, not half past.",
+    "Gone fishing, and this time I mean it.",
+    "Page reserved for the minutes of the next meeting.",
+    "Eggs sold out. Try again after Thursday.",
+    "This site looks best on the old computer in the library.",
+    "Under construction since 2009.",
+]
 SOFT_404 = {  # said with status 200
     FILMS: "Page not found. The film may have been moved, or somebody has taped over it.",
     SHOP: "Oops! We could not find that page. Try the search, or go back to the shop.",
@@ -533,8 +534,7 @@ META_ONLY = [("deu", "iso-8859-1"), ("fra", "windows-1252"), ("spa", "iso-8859-1
 def mojibake(text: str) -> str:
     """UTF-8 bytes read as windows-1252, the way browsers do it: its five gaps are controls."""
     return "".join(
-        bytes([b]).decode("cp1252" if b not in b"\x81\x8d\x8f\x90\x9d" else "latin-1")
-        for b in text.encode()
+        bytes([b]).decode("cp1252" if b not in b"\x81\x8d\x8f\x90\x9d" else "latin-1") for b in text.encode()
     )
 
 
@@ -740,8 +740,7 @@ def pdf(text: str) -> bytes:
     objects = (
         "<</Type/Catalog/Pages 2 0 R>>",
         "<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents 4 0 R"
-        "/Resources<</Font<</F1 5 0 R>>>>>>",
+        "<</Type/Page/Parent 2 0 R/MediaBox[0 0 595 842]/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
         f"<</Length {len(stream)}>>\nstream\n{stream}\nendstream",
         "<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
     )
@@ -807,9 +806,7 @@ class Archive:
     data: bytearray = field(default_factory=bytearray)
     records: list[Record] = field(default_factory=list)
 
-    def add(
-        self, kind: str, key: str, block: bytes, fields: Fields, page: Page | None = None
-    ) -> Record:
+    def add(self, kind: str, key: str, block: bytes, fields: Fields, page: Page | None = None) -> Record:
         """Append a record and note its place."""
         head = [("WARC-Type", kind), ("WARC-Record-ID", urn(f"{self.path}#{kind}#{key}"))]
         record = Record(head + fields, block, page, len(self.data))
@@ -1018,8 +1015,7 @@ def envelope(archive: Archive, record: Record) -> dict:
 def derived(archive: Archive, crawl: str, date: str) -> Iterable[Archive]:
     """The WAT and the WET file of a WARC file; unreadable records have none."""
     wat, wet = (
-        Archive(archive.path.replace("/warc/", f"/{w}/").replace(".gz", f".{w}.gz"))
-        for w in ("wat", "wet")
+        Archive(archive.path.replace("/warc/", f"/{w}/").replace(".gz", f".{w}.gz")) for w in ("wat", "wet")
     )
     for out in (wat, wet):
         out.info(date, f"resiliparse {version('resiliparse')}", crawl)

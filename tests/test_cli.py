@@ -70,7 +70,14 @@ def test_the_recipe_names_the_run_and_the_command_line_wins():
 
 def test_an_empty_archive_is_one_line_and_nothing_is_done(tmp_path, capsys):
     (tmp_path / "empty.warc.gz").touch()
-    words = ["-p", f"archive_paths=[{tmp_path}/empty.warc.gz]", "--lake", str(tmp_path / "lake"), "--only", "10"]
+    words = [
+        "-p",
+        f"archive_paths=[{tmp_path}/empty.warc.gz]",
+        "--lake",
+        str(tmp_path / "lake"),
+        "--only",
+        "10",
+    ]
     assert main(["run", DEMO, *words]) == 1
     err = capsys.readouterr().err
     assert "empty file" in err and err.count("\n") == 1
@@ -80,7 +87,9 @@ def test_an_empty_archive_is_one_line_and_nothing_is_done(tmp_path, capsys):
 def test_a_full_disk_is_one_line_and_nothing_is_done(tmp_path, capfd):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
         pytest.skip("may not mount a small file system here")
     try:
         assert main(["run", DEMO, "--lake", str(disk), "--from", "10", "--until", "20"]) == 1
