@@ -270,8 +270,8 @@ class CompareGenerations(Training):
         ],
         description="what the three models complete",
     )
-    max_new_tokens: int = Field(48, description="length of a completion", ge=1)
-    temperature: float = Field(0.7, description="0 = greedy", ge=0)
+    max_new_tokens: int = Field(56, description="length of a completion", ge=1)
+    temperature: float = Field(0.4, description="0 = greedy", ge=0)
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 

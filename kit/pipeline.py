@@ -24,7 +24,7 @@ import psutil
 from kit import ROOT, KitError
 from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import STAGES, ParamError, Stage, for_stage, nearest
-from kit.show import PROGRESS_FILE, Table, escape, page
+from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page
 
 NOTEBOOKS = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
@@ -282,8 +282,9 @@ def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
 
 
 def report(lake: Lake, run: str, found: list[State]) -> str:
-    """Write the run's page `reports/<run>/index.html`: stages, losses, completions, perplexity; returns its path."""
-    parts = [
+    """Write the run's page `reports/<run>/index.html`: completions, perplexity, stages, loss curves; returns its path."""
+    parts = [f"<h2>{escape(title)}</h2>{table._repr_html_()}" for title, table in results(lake, run)]
+    parts += [
         "<h2>Stages</h2>",
         stage_table(lake, run, found)._repr_html_(),
         "<h2>Where records went</h2><ul>",
@@ -292,8 +293,10 @@ def report(lake: Lake, run: str, found: list[State]) -> str:
         f"<li><b>{escape(s.stage)}</b>: {escape(losses(s.manifest.counts))}</li>" for s in found if s.manifest
     ]
     parts.append("</ul>")
-    for title, table in results(lake, run):
-        parts += [f"<h2>{escape(title)}</h2>", table._repr_html_()]
+    trained = [s.manifest for s in found if s.manifest and "losses" in s.manifest.metrics]
+    parts += [
+        inline(lines({"loss": m.metrics["losses"]}, f"{m.stage}: loss", "step", "loss")) for m in trained
+    ]
     versions = next((s.manifest for s in reversed(found) if s.manifest), None)
     if versions:
         told = " · ".join(f"{k} {v}" for k, v in versions.environment.items())

@@ -20,7 +20,6 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; margin: 2rem auto; m
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: .92em }}
 th, td {{ border-bottom: 1px solid {PALE}; padding: .35rem .7rem; text-align: left; vertical-align: top }}
 th {{ color: {ACCENT}; font-weight: 600 }}
-td.n {{ text-align: right; font-variant-numeric: tabular-nums }}
 h1, h2 {{ font-weight: 600; line-height: 1.2 }}
 p.note {{ color: #66757f; font-size: .9em }}
 """
@@ -55,7 +54,7 @@ class Table:
         body = "".join(
             "<tr>"
             + "".join(
-                f'<td{number_class(row.get(c))} style="text-align:{align(row.get(c))}">'
+                f'<td style="text-align:{align(row.get(c))};padding:.2em .7em">'
                 f"{html.escape(self.cell(row.get(c)))}</td>"
                 for c in self.columns
             )
@@ -80,11 +79,6 @@ class Table:
 def align(value: Any) -> str:
     """`right` for numbers and missing values, `left` for words."""
     return "right" if value is None or isinstance(value, (int, float)) else "left"
-
-
-def number_class(value: Any) -> str:
-    """The class attribute of a numeric cell."""
-    return ' class="n"' if align(value) == "right" else ""
 
 
 def printable(text: str) -> str:
@@ -256,6 +250,18 @@ def difference(left: str, right: str) -> Page:
         f'<td style="width:50%;vertical-align:top;text-align:left">{" ".join(s)}</td>' for s in sides
     )
     return Page(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
+
+
+def inline(ax: Any) -> str:
+    """A figure as SVG markup for a page; closes it."""
+    import io
+
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    ax.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(ax.figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def text_page(title: str, text: str, **facts: Any) -> Page:
