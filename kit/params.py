@@ -271,7 +271,7 @@ class CompareGenerations(Training):
         description="what the three models complete",
     )
     max_new_tokens: int = Field(56, description="length of a completion", ge=1)
-    temperature: float = Field(0.4, description="0 = greedy", ge=0)
+    temperature: float = Field(0.3, description="0 = greedy", ge=0)
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 
