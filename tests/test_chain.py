@@ -3,6 +3,7 @@
 The quick tests share one run of `params/smoke.yaml`; the slow ones kill it in the middle of every stage.
 """
 
+import functools
 import gzip
 import html
 import itertools
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -30,16 +32,21 @@ OFFLINE = ["unshare", "--net", "--", sys.executable, "-c",
            "os.execvp(sys.argv[1], sys.argv[1:])"]  # fmt: skip
 
 
+@functools.cache
 def bare_environment():
-    """No java on the PATH, no JAVA_HOME: what a machine without Java has."""
-    folders = [f for f in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(f, "java"))]
-    bare = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "SPARK_SUBMIT_OPTS")}
-    return bare | {"PATH": os.pathsep.join(folders)}
+    """No java on the PATH, no JAVA_HOME: what a machine without Java has, everything else in its place."""
+    bare = Path(tempfile.mkdtemp(prefix="kit-path-"))
+    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for program in folder.iterdir() if folder.is_dir() else ():
+            link = bare / program.name
+            if not program.name.startswith("java") and not os.path.lexists(link):
+                link.symlink_to(program)
+    kept = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "SPARK_SUBMIT_OPTS")}
+    return kept | {"PATH": str(bare)}
 
 
 def kit(*words, cwd, offline=False):
     prefix = OFFLINE if offline and _can_unshare() else []
-    # a PATH without java may have lost unshare, too: it is found before
     done = subprocess.run(
         [*prefix, *KIT, *words], cwd=cwd, env=bare_environment(), capture_output=True, text=True, check=False
     )
