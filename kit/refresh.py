@@ -77,6 +77,7 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
         "commit": str(code["git_sha"])[:10] + ("+" if code["dirty"] else ""),
         "stages": cost.two_point_rates(*found),
     }
+    cost.REFERENCE.parent.mkdir(exist_ok=True)
     cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 

@@ -24,7 +24,10 @@ def test_constraints_are_plain_pins():
 
 def test_every_direct_dependency_is_pinned():
     pinned = {name.lower().replace("_", "-") for name in pins()}
-    wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
+    wanted = [
+        *PROJECT["dependencies"],
+        *(d for extra in PROJECT["optional-dependencies"].values() for d in extra),
+    ]
     names = {re.match(r"[\w.-]+", d)[0].lower().replace("_", "-") for d in wanted} - {PROJECT["name"]}
     assert names <= pinned, names - pinned
 
@@ -45,5 +48,10 @@ def test_the_conda_file_parses_and_installs_the_same():
 
 
 def test_ci_is_what_the_readme_names():
-    assert "make test" in (ROOT / ".ci" / "run").read_text() and "bash .ci/run" in (ROOT / ".github/workflows/test.yml").read_text()
-    assert {"make demo", "make test"} <= set(re.findall(r"make \w+", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert (
+        "make test" in (ROOT / ".ci" / "run").read_text()
+        and "bash .ci/run" in (ROOT / ".github/workflows/test.yml").read_text()
+    )
+    assert {"make demo", "make test"} <= set(
+        re.findall(r"make \w+", (ROOT / "README.md").read_text(encoding="utf-8"))
+    )
