@@ -251,6 +251,15 @@ def test_a_damaged_encoding_is_an_error_and_no_text(coding: str) -> None:
         archive.parse_page(encoded(coding.encode(), bytes(body)), 1 << 20)
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br"])
+def test_an_encoding_that_breaks_off_gives_what_it_holds_and_says_so(coding: str) -> None:
+    body = packed(page(0, 50_000), coding)
+    whole = archive.parse_page(encoded(coding.encode(), body), 1 << 20)
+    cut = archive.parse_page(encoded(coding.encode(), body[: len(body) // 2]), 1 << 20)
+    assert whole.truncated is None and cut.truncated == "encoding cut short"
+    assert cut.payload and page(0, 50_000).startswith(cut.payload)
+
+
 def test_an_unknown_encoding_is_an_error_and_no_text() -> None:
     with pytest.raises(RecordError, match="content encoding zstd"):
         archive.parse_page(encoded(b"zstd", b"\x28\xb5\x2f\xfd\x04\x58" + bytes(90)), 1 << 20)

@@ -179,6 +179,7 @@ def test_truncation_is_carried_along(documents: dict, crawl_planted: dict) -> No
 def test_doc_id_depends_on_the_place_of_the_bytes_only() -> None:
     assert doc_id("a.warc.gz", 17) == doc_id("a.warc.gz", 17)
     assert len({doc_id("a", 1), doc_id("a", 11), doc_id("a:1", 1), doc_id("b", 1)}) == 4
+    assert doc_id("a", 1, "stream") != doc_id("a", 1, "member") == doc_id("a", 1, "none")
     assert doc_id("crawl-data/x.warc.gz", 4096) == "f4da8e010f5e910a0ff0"
 
 

@@ -422,7 +422,7 @@ def parse_page(raw: bytes, max_bytes: int) -> Page:
         raise RecordError(frame.reason)
     block = raw[frame.body : frame.end]
     status, content_type, body, fields = _content(frame.head, block)
-    payload = _decoded(body, fields, max_bytes)
+    payload, cut = _decoded(body, fields, max_bytes)
     charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", content_type, re.IGNORECASE)
     return Page(
         url=_url(frame.head),
@@ -433,36 +433,42 @@ def parse_page(raw: bytes, max_bytes: int) -> Page:
         fetch_time=parse_time(frame.head.get("warc-date")),
         payload=payload,
         digests=(sha1(body), sha1(block)),
-        truncated=frame.head.get("warc-truncated"),
+        truncated=frame.head.get("warc-truncated") or ("encoding cut short" if cut else None),
     )
 
 
-def _decoded(body: bytes, fields: dict[str, str], max_bytes: int) -> bytes:
-    """An HTTP body without chunks and content encodings; raises `RecordError`."""
+def _decoded(body: bytes, fields: dict[str, str], max_bytes: int) -> tuple[bytes, bool]:
+    """An HTTP body without chunks and content encodings, and whether an encoding broke off; raises `RecordError`."""
+    cut = False
     if "chunked" in fields.get("transfer-encoding", "").lower():
         body = ChunkedDataReader(io.BytesIO(body)).read()
     for coding in reversed(re.findall(r"[\w-]+", fields.get("content-encoding", "").lower())):
-        body = _unpack(body, coding, max_bytes + 1)
+        body, broke_off = _unpack(body, coding, max_bytes + 1)
+        cut = cut or broke_off
     if len(body) > max_bytes:
         raise RecordError("page too large")
-    return body
+    return body, cut
 
 
-def _unpack(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """Undo one content encoding as far as it goes and `max_bytes` allow; raises `RecordError`.
+def _unpack(body: bytes, coding: str, max_bytes: int) -> tuple[bytes, bool]:
+    """Undo one content encoding as far as it goes and `max_bytes` allow: `(bytes, broke off)`; raises `RecordError`.
 
     Many crawlers store a page unpacked and leave its head as it was, so what looks like text is passed on.
     """
     for bits in ZLIB_BITS.get(coding, ()):
         try:
-            return zlib.decompressobj(bits).decompress(body, max_bytes)
+            unzip = zlib.decompressobj(bits)
+            plain = unzip.decompress(body, max_bytes)
+            return plain, not unzip.eof
         except zlib.error:
             pass
     if coding == "br":
         try:
-            return brotli.Decompressor().process(body, output_buffer_limit=max_bytes)
+            unpack = brotli.Decompressor()
+            plain = unpack.process(body, output_buffer_limit=max_bytes)
+            return plain, not unpack.is_finished()
         except brotli.error:
             pass
     if BINARY.search(body[:1024]):
         raise RecordError(f"content encoding {coding}")
-    return body
+    return body, False

@@ -83,9 +83,13 @@ MAX_IMAGES, MAX_REVIEWS, MAX_JSON_BYTES, CONTEXT_CHARS = 50, 500, 1 << 20, 300
 MAX_COUNT = 2**31 - 1
 
 
-def doc_id(warc_filename: str, offset: int) -> str:
-    """Identity of a document: a hash of where its bytes lie, so partitioning and retries never change it."""
-    return hashlib.blake2b(f"{warc_filename}:{offset}".encode(), digest_size=10).hexdigest()
+def doc_id(warc_filename: str, offset: int, wrapping: str = "member") -> str:
+    """Identity of a document: a hash of where its bytes lie, so partitioning and retries never change it.
+
+    In a `stream` the offset counts unpacked bytes, which a member of the same file could have as its own.
+    """
+    place = f"{warc_filename}:{'unpacked:' if wrapping == 'stream' else ''}{offset}"
+    return hashlib.blake2b(place.encode(), digest_size=10).hexdigest()
 
 
 def decode(payload: bytes, http_charset: str | None) -> tuple[str, str]:
@@ -155,7 +159,7 @@ def extract_page(row: dict[str, Any], page: Page, extractor: str) -> dict[str, A
     if not text.strip():
         raise RecordError("no text")
     return {
-        "doc_id": doc_id(row["warc_filename"], row["warc_record_offset"]),
+        "doc_id": doc_id(row["warc_filename"], row["warc_record_offset"], row["wrapping"]),
         "url": row["url"],
         "host": urlsplit(row["url"]).hostname,
         "fetch_time": page.fetch_time,
