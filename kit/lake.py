@@ -140,20 +140,21 @@ class Lake:
     def manifest(self, run: str, stage: str) -> Manifest | None:
         """The committed manifest, or None; raises `LakeError` when it is damaged."""
         path = f"{self.folder(run, stage)}/{MANIFEST}"
+        with explained(f"cannot read {path}"):
+            try:
+                raw = self.fs.cat_file(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
         try:
-            return Manifest.model_validate_json(self.fs.cat_file(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (ValidationError, ValueError) as error:
+            return Manifest.model_validate_json(raw)
+        except ValueError as error:
             raise LakeError(f"{path} is not a manifest ({str(error).splitlines()[0]}); remove it") from None
 
     def runs(self) -> list[str]:
         """Names of the runs that have a committed stage."""
-        found = set()
-        for cls in STAGES.values():
-            for path in self.fs.glob(f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}"):
-                found.add(path.split("/")[-3])
-        return sorted(found)
+        with explained(f"lake '{self.uri}' cannot be read"):
+            patterns = [f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}" for cls in STAGES.values()]
+            return sorted({path.split("/")[-3] for pattern in patterns for path in self.fs.glob(pattern)})
 
     def manifests(self, run: str) -> list[Manifest]:
         """The committed manifests of a run, in the order of the chain."""
@@ -369,6 +370,11 @@ def explained(what: str) -> Iterator[None]:
         raise LakeError(f"{what}: {error.strerror or error}") from None
     except (pa.ArrowInvalid, ValidationError) as error:
         raise LakeError(f"{what}: {str(error).splitlines()[-1].strip()}") from None
+    except Exception as error:
+        # an object store's client has errors of its own (no credentials, nobody there), which are no OSError
+        if type(error).__module__.partition(".")[0] not in {"botocore", "aiobotocore", "aiohttp"}:
+            raise
+        raise LakeError(f"{what}: {error}") from None
 
 
 def fingerprint(uri: str) -> str:

@@ -257,6 +257,17 @@ def test_a_lake_on_s3_works_alike(s3):
     assert lake.runs() == ["r"] and again.content_sha256 != first.content_sha256
 
 
+def test_a_store_that_is_not_there_is_one_line(s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    lake = Lake("s3://nobody/lake")
+    lake.fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    for look in (lake.check_writable, lake.runs, lambda: lake.manifest("r", "10_explore_index")):
+        with pytest.raises(LakeError, match=r"cannot be (written|read)|cannot read") as error:
+            look()
+        assert "\n" not in str(error.value)
+
+
 def test_a_model_on_s3_comes_back_as_a_folder(s3, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     lake = Lake(s3)
