@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import psutil
 from kit import ROOT, KitError
 from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import STAGES, ParamError, Stage, for_stage, nearest
-from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page
+from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
 
 NOTEBOOKS = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
@@ -135,7 +135,7 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     with (
         tempfile.TemporaryDirectory() as folder,
         _Follower(p.stage, folder) as follower,
-        kernel_log(folder) as log,
+        stderr_to(Path(folder) / "kernel.log") as log,
     ):
         local = Path(folder) / f"{p.stage}.ipynb"
         try:
@@ -172,21 +172,6 @@ def execution(lake: Lake, run: str, stage: str) -> dict[str, float]:
     with contextlib.suppress(FileNotFoundError, ValueError):
         return json.loads(lake.fs.cat_file(f"{lake.folder(run, stage)}/{EXECUTION}"))
     return {}
-
-
-@contextlib.contextmanager
-def kernel_log(folder: str) -> Iterator[Path]:
-    """While the block runs, what the kernel and the JVM under it write to stderr goes to a file, not the terminal."""
-    path = Path(folder) / "kernel.log"
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with path.open("wb") as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield path
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 class _Follower:

@@ -15,7 +15,8 @@ from typing import Any
 from kit import cost
 from kit.lake import Lake
 from kit.params import STAGES
-from kit.pipeline import NOTEBOOKS, execution, kernel_log
+from kit.pipeline import NOTEBOOKS, execution
+from kit.show import stderr_to
 
 
 def refresh_notebooks(*numbers: str) -> None:
@@ -31,7 +32,7 @@ def refresh_notebooks(*numbers: str) -> None:
         path = NOTEBOOKS / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         print(f"{name} …", flush=True)
-        with tempfile.TemporaryDirectory() as folder, kernel_log(folder):
+        with tempfile.TemporaryDirectory() as folder, stderr_to(Path(folder) / "kernel.log"):
             NotebookClient(
                 notebook, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
             ).execute()

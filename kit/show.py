@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 INK, ACCENT, PALE, WARN = "#22313f", "#2a7f9e", "#c9d6de", "#c8553d"
@@ -166,6 +167,21 @@ def progress(total: int, label: str, unit: str = "rows") -> Iterator[Progress]:
         yield bar
     finally:
         bar._show(last=True)
+
+
+@contextmanager
+def stderr_to(path: Path) -> Iterator[Path]:
+    """While the block runs, what this process and those it starts write to stderr goes to the file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield path
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _in_notebook() -> bool:

@@ -22,9 +22,11 @@ from pyspark.sql import SparkSession
 
 from kit import ROOT, KitError
 from kit.params import Cores
-from kit.show import Progress, progress
+from kit.show import Progress, progress, stderr_to
 
 MIN_JAVA = 17
+JVM_LOG = ROOT / ".cache" / "spark.log"
+"""What the JVM and the Python workers say on stderr, of the last session that was started."""
 LOG4J = (
     "rootLogger.level=error\nrootLogger.appenderRef.stderr.ref=stderr\nappender.stderr.type=Console\n"
     "appender.stderr.name=stderr\nappender.stderr.target=SYSTEM_ERR\nappender.stderr.layout.type=PatternLayout\n"
@@ -88,23 +90,27 @@ def session(p: Cores) -> SparkSession:
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={quiet.as_uri()}")
     cores = p.cores or os.cpu_count() or 1
     active = SparkSession.getActiveSession()
-    if active and active.sparkContext.master != f"local[{cores}]":
+    if active and active.sparkContext.master == f"local[{cores}]":
+        return active
+    if active:
         active.stop()
     try:
-        return (
-            SparkSession.builder.master(f"local[{cores}]")
-            .appName("kit")
-            .config("spark.ui.enabled", "false")
-            .config("spark.ui.showConsoleProgress", "false")
-            .config("spark.driver.memory", "1g")
-            .config("spark.sql.shuffle.partitions", str(max(cores, 2)))
-            .config("spark.sql.execution.arrow.pyspark.enabled", "true")
-            .config("spark.sql.session.timeZone", "UTC")
-            .getOrCreate()
-        )
+        # the JVM keeps the stderr it is born with: a file, so that its chatter stays out of notebooks
+        with stderr_to(JVM_LOG):
+            return (
+                SparkSession.builder.master(f"local[{cores}]")
+                .appName("kit")
+                .config("spark.ui.enabled", "false")
+                .config("spark.ui.showConsoleProgress", "false")
+                .config("spark.driver.memory", "1g")
+                .config("spark.sql.shuffle.partitions", str(max(cores, 2)))
+                .config("spark.sql.execution.arrow.pyspark.enabled", "true")
+                .config("spark.sql.session.timeZone", "UTC")
+                .getOrCreate()
+            )
     except Exception as error:  # py4j and the launcher raise whatever they like
         raise SparkError(
-            f"Spark did not start on {os.environ['JAVA_HOME']}: {str(error).splitlines()[0]}"
+            f"Spark did not start on {os.environ['JAVA_HOME']}: {str(error).splitlines()[0]} (see {JVM_LOG})"
         ) from None
 
 
