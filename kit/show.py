@@ -306,6 +306,7 @@ def explore(render: Any, **choices: Any) -> Any:
                 value=start, min=low, max=high, step=step, description=label, continuous_update=False, **wide
             )
         if isinstance(choice, str):
+            wide["layout"] = w.Layout(width="64em")  # prompts and URLs are long
             return w.Text(value=choice, description=label, continuous_update=False, **wide)
         return w.Dropdown(options=choice, description=label, **wide)
 
