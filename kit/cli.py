@@ -37,10 +37,8 @@ def parser() -> argparse.ArgumentParser:
     top = _Parser(prog="kit", description="From Common Crawl to a fine-tuned language model.")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    def recipe(sub: argparse.ArgumentParser, optional: bool = False) -> None:
-        sub.add_argument(
-            "recipe", nargs="?" if optional else None, help="flat YAML, such as params/demo.yaml"
-        )
+    def recipe(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="flat YAML, such as params/demo.yaml")
         sub.add_argument(
             "-p", dest="set", metavar="NAME=VALUE", action="append", default=[], help="override one parameter"
         )
