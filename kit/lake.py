@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kit import ROOT, KitError, resolve
-from kit.params import STAGES, ParamError, Stage
+from kit.params import NOTEBOOKS, ParamError, Stage
 
 SCHEMA_VERSION = 1
 MANIFEST = "_manifest.json"
@@ -127,7 +127,7 @@ class Lake:
 
     def folder(self, run: str, stage: str) -> str:
         """Path of a stage's folder on this lake's file system."""
-        return f"{self.root}/{STAGES[stage].zone}/{run}/{stage}"
+        return f"{self.root}/{NOTEBOOKS[stage].zone}/{run}/{stage}"
 
     def check_writable(self) -> None:
         """Write and remove one small file; raises `LakeError` when that fails."""
@@ -153,12 +153,12 @@ class Lake:
     def runs(self) -> list[str]:
         """Names of the runs that have a committed stage."""
         with explained(f"lake '{self.uri}' cannot be read"):
-            patterns = [f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}" for cls in STAGES.values()]
+            patterns = [f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}" for cls in NOTEBOOKS.values()]
             return sorted({path.split("/")[-3] for pattern in patterns for path in self.fs.glob(pattern)})
 
     def manifests(self, run: str) -> list[Manifest]:
         """The committed manifests of a run, in the order of the chain."""
-        return [m for m in (self.manifest(run, stage) for stage in STAGES) if m]
+        return [m for m in (self.manifest(run, stage) for stage in NOTEBOOKS) if m]
 
     def need(self, run: str, stage: str) -> Manifest:
         """The committed manifest; raises `MissingInput` that says how to make it."""
@@ -248,7 +248,7 @@ class StageWriter:
         raw = self.lake.fs.cat_file(f"{self.lake.folder(self.p.run, stage)}/{MANIFEST}")
         self.inputs.append(
             Input(
-                uri=f"{STAGES[stage].zone}/{self.p.run}/{stage}",
+                uri=f"{NOTEBOOKS[stage].zone}/{self.p.run}/{stage}",
                 manifest_sha256=hashlib.sha256(raw).hexdigest(),
                 content_sha256=manifest.content_sha256,
             )

@@ -74,8 +74,8 @@ class Stage(BaseModel):
             raise ParamError("; ".join(_explain(cls, e) for e in error.errors())) from None
 
     def identity(self) -> dict[str, Any]:
-        """The parameters that decide what comes out: all but where it is kept and what an hour costs."""
-        return self.model_dump(exclude={"run", "lake", "usd_per_hour", "cores"})
+        """The parameters that decide what comes out: not where it is kept, what an hour costs, how fast one asks."""
+        return self.model_dump(exclude={"run", "lake", "usd_per_hour", "cores", "requests_per_s", "retries"})
 
 
 def _explain(cls: type[Stage], error: Mapping[str, Any]) -> str:
@@ -134,8 +134,35 @@ class ExploreIndex(Stage):
     mimes: Strings = Field(
         ["text/html", "application/xhtml+xml", "text/plain"], description="detected MIME types to keep"
     )
+    statuses: Strings = Field(["200"], description="HTTP statuses to keep, empty = all")
+    min_record_kb: float = Field(0.0, description="shorter compressed records are left out", ge=0)
     max_record_mb: float = Field(8.0, description="longer compressed records are left out", gt=0)
+    keep_truncated: bool = Field(True, description="keep pages that the crawler cut off (content_truncated)")
+    index_files: Strings = Field(
+        [],
+        description="Parquet files of the index, or lists of them (….paths.gz); empty = all below index_path",
+        json_schema_extra=PATH,
+    )
+    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     max_pages: int = Field(0, description="stop after so many pages for a quick trial, 0 = all", ge=0)
+
+
+class QueryWithAthena(Stage):
+    """11: the same questions, as Athena SQL."""
+
+    stage: ClassVar[str] = "11_query_with_athena"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+
+    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
+    index_path: str = Field(
+        "data_samples/cc-index/table/cc-main/warc",
+        description="cc-index table: folder or URL above crawl=…",
+        json_schema_extra=PATH,
+    )
+    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
+    athena_database: str = Field("ccindex", description="Athena database to create", pattern=r"^\w+$")
+    athena_output: str = Field("s3://your-bucket/athena/", description="where Athena writes its results")
 
 
 class ExtractText(Cores):
@@ -144,11 +171,30 @@ class ExtractText(Cores):
     stage: ClassVar[str] = "20_extract_text"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    extractor: Literal["resiliparse", "trafilatura"] = Field(
-        "resiliparse", description="resiliparse is fast, trafilatura careful"
+    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
+        "auto",
+        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
     )
-    page_timeout_s: float = Field(20.0, description="a page that takes longer is given up, and counted", gt=0)
+    page_timeout_s: float = Field(20.0, description="a page that takes longer is killed, and counted", gt=0)
+    page_memory_mb: float = Field(1024.0, description="a page that takes more is killed, and counted", gt=0)
     max_page_mb: float = Field(4.0, description="larger decoded pages are given up, and counted", gt=0)
+    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
+    requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
+    retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
+
+
+class WriteYourOwnJob(Cores):
+    """21: one function of a record, over archives."""
+
+    stage: ClassVar[str] = "21_write_your_own_job"
+    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+
+    job: str = Field(
+        "notebooks/jobs/server_header.py",
+        description="Python file with one function `record`",
+        json_schema_extra=PATH,
+    )
+    max_records: int = Field(0, description="stop after so many records for a quick trial, 0 = all", ge=0)
 
 
 class RefineText(Cores):
@@ -254,6 +300,20 @@ class BenchmarkTraining(Training):
     peak_matmul: int = Field(2048, description="edge of the matmul that measures this machine's peak", ge=64)
 
 
+class BenchmarkData(Cores):
+    """81: what the data half does per core, side by side with its peers, and what a whole crawl would take."""
+
+    stage: ClassVar[str] = "81_benchmark_data"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+
+    benchmark_archive: str = Field(
+        "", description="WARC of real pages to measure on; empty = the sample crawl", json_schema_extra=PATH
+    )
+    gold: str = Field("", description="JSONL with the gold texts of those pages", json_schema_extra=PATH)
+    benchmark_pages: int = Field(300, description="pages to measure on, at most", ge=1)
+
+
 class CompareGenerations(Training):
     """90: base | tuned | aligned, side by side."""
 
@@ -291,11 +351,17 @@ STAGES: dict[str, type[Stage]] = {
     )
 }
 """The main chain, in the order in which it runs."""
+SIDE_TRIPS: dict[str, type[Stage]] = {
+    cls.stage: cls for cls in (QueryWithAthena, WriteYourOwnJob, BenchmarkData)
+}
+"""Stages off the chain: nothing needs their results, and `kit run` runs one only when asked by `--only`."""
+NOTEBOOKS: dict[str, type[Stage]] = dict(sorted({**STAGES, **SIDE_TRIPS}.items()))
+"""Every stage by the name of its notebook."""
 
 
 def known_fields() -> dict[str, Any]:
     """Every parameter of the kit by name, with pydantic's description of it."""
-    return {name: field for cls in STAGES.values() for name, field in cls.model_fields.items()}
+    return {name: field for cls in NOTEBOOKS.values() for name, field in cls.model_fields.items()}
 
 
 def load_recipe(path: str | Path) -> dict[str, Any]:
@@ -324,7 +390,7 @@ def validate(values: Mapping[str, Any]) -> None:
     wrong = [f"unknown parameter '{k}'{nearest(str(k), fields)}" for k in values if k not in fields]
     for name in (k for k in values if k in fields):
         # any stage that has the name will do: one name means one thing in the whole kit
-        cls = next(c for c in STAGES.values() if name in c.model_fields)
+        cls = next(c for c in NOTEBOOKS.values() if name in c.model_fields)
         try:
             cls.parse({name: values[name]})
         except ParamError as error:

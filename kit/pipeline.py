@@ -23,10 +23,10 @@ import psutil
 
 from kit import ROOT, KitError
 from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
-from kit.params import STAGES, ParamError, Stage, for_stage, nearest
+from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
 from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
 
-NOTEBOOKS = ROOT / "notebooks"
+FOLDER = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
 EXECUTION = "_execution.json"
 
@@ -76,10 +76,13 @@ def _content(lake: Lake, source: Input) -> str | None:
 
 
 def states(lake: Lake, values: Mapping[str, Any]) -> list[State]:
-    """State of every stage of the chain; what comes after one that must run again is stale, too."""
+    """State of every stage of the chain, and of the side trips that were made; what comes after one that must
+    run again is stale, too."""
     found: dict[str, State] = {}
-    for name, cls in STAGES.items():
+    for name, cls in NOTEBOOKS.items():
         now = state(lake, for_stage(cls, values))
+        if name not in STAGES and now.status == "missing":
+            continue
         behind = [n for n in cls.needs if found[n].status != "done"]
         if now.status == "done" and behind:
             now = State(name, "stale", f"after {behind[0]}", now.manifest)
@@ -88,8 +91,8 @@ def states(lake: Lake, values: Mapping[str, Any]) -> list[State]:
 
 
 def pick(first: str | None, last: str | None, only: str | None) -> list[str]:
-    """Names of the stages from `first` until `last` (or `only` one), each given by number or name."""
-    names = list(STAGES)
+    """Names of the stages from `first` until `last` (or `only` one, a side trip too), by number or name."""
+    names = list(NOTEBOOKS if only else STAGES)
 
     def find(word: str) -> int:
         match = [i for i, n in enumerate(names) if n == word or n[:2] == word]
@@ -108,7 +111,7 @@ def pick(first: str | None, last: str | None, only: str | None) -> list[str]:
 
 def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> Lake:
     """Run `stages` in order, skipping what is done; raises `StageFailed` at the first that fails."""
-    models = {name: for_stage(STAGES[name], values) for name in STAGES}
+    models = {name: for_stage(NOTEBOOKS[name], values) for name in stages}
     lake = Lake(models[stages[0]].lake)
     lake.check_writable()
     for name in stages:
@@ -140,11 +143,11 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
         local = Path(folder) / f"{p.stage}.ipynb"
         try:
             papermill.execute_notebook(
-                str(NOTEBOOKS / f"{p.stage}.ipynb"),
+                str(FOLDER / f"{p.stage}.ipynb"),
                 str(local),
                 parameters=p.model_dump(),
                 kernel_name="python3",
-                cwd=str(NOTEBOOKS),
+                cwd=str(FOLDER),
                 progress_bar=False,
             )
         except PapermillExecutionError as problem:
@@ -233,7 +236,7 @@ def open_lake(p: Stage) -> Lake:
     """
     lake = Lake(p.lake)
     lake.check_writable()
-    for name in STAGES[p.stage].needs if p.stage in STAGES else ("10_explore_index",):
+    for name in p.needs:
         if lake.manifest(p.run, name) is None:
             shared = for_stage(STAGES[name], p.model_dump())
             open_lake(shared)

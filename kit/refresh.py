@@ -14,8 +14,8 @@ from typing import Any
 
 from kit import cost
 from kit.lake import Lake
-from kit.params import STAGES
-from kit.pipeline import NOTEBOOKS, execution
+from kit.params import NOTEBOOKS, STAGES
+from kit.pipeline import FOLDER, execution
 from kit.show import stderr_to
 
 
@@ -28,13 +28,13 @@ def refresh_notebooks(*numbers: str) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    for name in (n for n in STAGES if not numbers or n[:2] in numbers):
-        path = NOTEBOOKS / f"{name}.ipynb"
+    for name in (n for n in NOTEBOOKS if not numbers or n[:2] in numbers):
+        path = FOLDER / f"{name}.ipynb"
         notebook = nbformat.read(path, as_version=4)
         print(f"{name} …", flush=True)
         with tempfile.TemporaryDirectory() as folder, stderr_to(Path(folder) / "kernel.log"):
             NotebookClient(
-                notebook, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
+                notebook, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}
             ).execute()
         notebook.metadata = {
             "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from kit import ROOT
-from kit.params import STAGES
+from kit import ROOT, params
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # a machine's own paths and hosts have no business in a committed output
@@ -26,7 +25,7 @@ def code(notebook):
 
 
 def test_every_stage_has_its_notebook():
-    assert [f.stem for f in NOTEBOOKS] == sorted(STAGES)
+    assert [f.stem for f in NOTEBOOKS] == sorted(params.NOTEBOOKS)
 
 
 def test_parameters_cell_repeats_the_defaults(notebook):
@@ -35,7 +34,7 @@ def test_parameters_cell_repeats_the_defaults(notebook):
     tree = ast.parse(tagged[0])
     assert all(isinstance(n, ast.Assign) for n in tree.body)
     values = {n.targets[0].id: ast.literal_eval(n.value) for n in tree.body}
-    defaults = {k: f.default for k, f in STAGES[notebook["stem"]].model_fields.items()}
+    defaults = {k: f.default for k, f in params.NOTEBOOKS[notebook["stem"]].model_fields.items()}
     assert values == defaults
     assert {k: type(v) for k, v in values.items()} == {k: type(v) for k, v in defaults.items()}
 

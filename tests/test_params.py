@@ -4,6 +4,7 @@ import pytest
 
 from kit import ROOT
 from kit.params import (
+    NOTEBOOKS,
     STAGES,
     AlignDpo,
     ExploreIndex,
@@ -62,7 +63,7 @@ def test_every_wrong_word_is_named_at_once():
 
 def test_one_name_means_one_thing():
     seen = {}
-    for cls in STAGES.values():
+    for cls in NOTEBOOKS.values():
         for name, field in cls.model_fields.items():
             meaning = (field.annotation, field.default, field.description)
             assert seen.setdefault(name, meaning) == meaning, f"{name} means two things"

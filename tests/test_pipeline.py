@@ -119,7 +119,7 @@ def test_a_broken_notebook_is_one_line_and_leaves_the_last_good_result(
 ):
     good = make(lake, "10_explore_index")
     notebook(tmp_path, source)
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
     p = for_stage(STAGES["10_explore_index"], {**VALUES, "lake": lake.uri})
     with pytest.raises(StageFailed, match=told) as error:
         run_stage(lake, p)
