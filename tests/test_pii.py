@@ -12,6 +12,7 @@ MASKED = [
     ("write to jo@site.example.", "write to <EMAIL>."),
     ("call 555-0143 today", "call <PHONE> today"),
     ("call +1 (212) 555-0143 today", "call <PHONE> today"),
+    ("tel.\n(212) 555-0143\n7 of 12", "tel.\n<PHONE>\n7 of 12"),
     ("from 198.51.100.14, twice", "from <IPV4>, twice"),
     ("at 2001:db8::8a2e:370:7334 too", "at <IPV6> too"),
     ("card 4111 1111 1111 1111 expired", "card <CARD> expired"),
@@ -20,6 +21,8 @@ MASKED = [
 ]
 LEFT = [
     "version 1.2.3.4.5",
+    "394.000 of 1,200,000",
+    "212\n867-5309",
     "host 192.168.1.1 and 127.0.0.1 and 999.1.1.1",
     "loopback ::1 at 12:30:45",
     "card 4111 1111 1111 1112",

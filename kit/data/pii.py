@@ -20,6 +20,9 @@ CARD = re.compile(r"(?<![\w-])[3-6]\d{3}(?:[ -]?\d){9,15}(?![\w-])")
 IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
 LOCAL_US = re.compile(r"(?<![\w-])555-01\d{2}(?![\w-])")
 """North American numbers without an area code: only the range that is kept for fiction is safe to tell."""
+SEVEN_DIGITS = re.compile(r"\d(?:[^\w\n]{0,4}\d){6}")
+"""The least a phone number with its area code has (ITU-T E.164 leaves the shorter ones to local dialling)."""
+NUMBER_OR_AT = re.compile(r"\d\d|@|::")
 PART_OF_MORE = re.compile(r"\d[/.-]$|[A-Z]/$")
 """Before digits that end a longer run of them, such as a file number: no phone number."""
 REGIONS = {
@@ -79,22 +82,27 @@ def _ipv6(match: str) -> bool:
     return len(match) > 6 and not (address.is_loopback or address.is_link_local or address.is_unspecified)
 
 
-PATTERNS: dict[str, tuple[re.Pattern[str], Callable[[str], bool]]] = {
-    "email": (EMAIL, lambda _: True),
-    "iban": (IBAN, iban_valid),
-    "card": (CARD, _card),
-    "ipv6": (IPV6, _ipv6),
-    "ipv4": (IPV4, _ipv4),
+PATTERNS: dict[str, tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool]]] = {
+    "email": (re.compile("@"), EMAIL, lambda _: True),
+    "iban": (re.compile(r"[A-Z]\d\d"), IBAN, iban_valid),
+    "card": (SEVEN_DIGITS, CARD, _card),
+    "ipv6": (re.compile(":[0-9A-Fa-f]{0,4}:"), IPV6, _ipv6),
+    "ipv4": (re.compile(r"\d\.\d{1,3}\.\d"), IPV4, _ipv4),
 }
+"""By kind: what must be there at all and is quickly looked for, the shape, and the check of what has that shape."""
 
 
 def _phones(text: str, lang: str) -> Iterator[Span]:
-    if sum(c.isdigit() for c in text) < 7:
-        return
-    for region in REGIONS.get(lang, ("US",)):
-        for match in phonenumbers.PhoneNumberMatcher(text, region):
-            if not PART_OF_MORE.search(text, max(match.start - 2, 0), match.start):
-                yield match.start, match.end
+    # no number goes on over the end of a line, so the slow matcher need only see lines that may hold one
+    at = 0
+    while found := SEVEN_DIGITS.search(text, at):
+        start = text.rfind("\n", 0, found.start()) + 1
+        at = text.find("\n", found.end()) % (len(text) + 1)
+        line = text[start:at]
+        for region in REGIONS.get(lang, ("US",)):
+            for match in phonenumbers.PhoneNumberMatcher(line, region):
+                if not PART_OF_MORE.search(line, max(match.start - 2, 0), match.start):
+                    yield start + match.start, start + match.end
     # last, so that a number with its area code goes as a whole
     for match in LOCAL_US.finditer(text):
         yield match.span()
@@ -107,8 +115,10 @@ def find(text: str, lang: str) -> list[tuple[int, int, str]]:
         if kind == "phone":
             spans: Iterator[Span] = _phones(text, lang)
         else:
-            pattern, valid = PATTERNS[kind]
-            spans = (m.span() for m in pattern.finditer(text) if valid(m[0]))
+            needs, pattern, valid = PATTERNS[kind]
+            spans = (
+                (m.span() for m in pattern.finditer(text) if valid(m[0])) if needs.search(text) else iter(())
+            )
         for start, end in spans:
             # spans in `taken` are sorted and apart, so only the two neighbours can overlap
             at = bisect(taken, (start, end, kind))
@@ -120,6 +130,8 @@ def find(text: str, lang: str) -> list[tuple[int, int, str]]:
 def mask(text: str, lang: str) -> tuple[str, dict[str, int]]:
     """The text with personal data replaced by `<EMAIL>`, `<PHONE>` …, and how many of each type."""
     counts = dict.fromkeys(TYPES, 0)
+    if not NUMBER_OR_AT.search(text):
+        return text, counts
     parts, position = [], 0
     for start, end, kind in find(text, lang):
         parts += [text[position:start], f"<{kind.upper()}>"]
