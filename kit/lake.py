@@ -260,6 +260,14 @@ class StageWriter:
         self.inputs.append(Input(uri=uri, content_sha256=fingerprint(uri)))
         return resolve(uri)
 
+    def same_work(self, last: Manifest) -> bool:
+        """Whether `last` was made with the parameters, the inputs (noted so far) and the code of this attempt."""
+        inputs = [[(i.uri, i.content_sha256) for i in x] for x in (self.inputs, last.inputs)]
+        code = code_identity(self.p.stage)["source_sha256"]
+        return (
+            last.params == self.p.identity() and inputs[0] == inputs[1] and last.code["source_sha256"] == code
+        )
+
     def add(self, output: Output) -> None:
         """List a file that a worker has written with `write_table` or `write_bytes`."""
         self.outputs.append(output)

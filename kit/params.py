@@ -178,6 +178,12 @@ class ExtractText(Cores):
     page_timeout_s: float = Field(20.0, description="a page that takes longer is killed, and counted", gt=0)
     page_memory_mb: float = Field(1024.0, description="a page that takes more is killed, and counted", gt=0)
     max_page_mb: float = Field(4.0, description="larger decoded pages are given up, and counted", gt=0)
+    keep_links: bool = Field(False, description="keep the links of each page, too (1 ms a page, and room)")
+    prefilter: bool = Field(
+        False,
+        description="drop a page before its main text is looked for where all its text rules it out (min_words, keep_languages)",
+    )
+    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
     keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
     requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
     retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
@@ -307,11 +313,43 @@ class BenchmarkData(Cores):
     zone: ClassVar[str] = "reports"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
+    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
+    index_path: str = Field(
+        "data_samples/cc-index/table/cc-main/warc",
+        description="cc-index table: folder or URL above crawl=…",
+        json_schema_extra=PATH,
+    )
     benchmark_archive: str = Field(
         "", description="WARC of real pages to measure on; empty = the sample crawl", json_schema_extra=PATH
     )
     gold: str = Field("", description="JSONL with the gold texts of those pages", json_schema_extra=PATH)
-    benchmark_pages: int = Field(300, description="pages to measure on, at most", ge=1)
+    benchmark_pages: int = Field(100, description="pages to measure on, at most", ge=1)
+    benchmark_rounds: int = Field(
+        2, description="how often each row is measured, in alternating order; the median counts", ge=1
+    )
+    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
+        "auto",
+        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
+    )
+    spark_archive: str = Field(
+        "",
+        description="larger archive to hold Spark against a plain loop on; empty = on the same pages",
+        json_schema_extra=PATH,
+    )
+    spark_pages: int = Field(20_000, description="pages of spark_archive, at most", ge=20)
+    peers_venv: str = Field(
+        ".cache/peers",
+        description="virtual environment with the extra 'peers' (it cannot share the kit's own)",
+        json_schema_extra=PATH,
+    )
+    crawl_pages: int = Field(
+        2_610_000_000, description="pages of a whole crawl; the default is CC-MAIN-2025-43", ge=1
+    )
+    crawl_tb: float = Field(107.5, description="its compressed WARC files, TB (97.73 TiB)", gt=0)
+    within_days: float = Field(7.0, description="time in which it is to be done", gt=0)
+    usd_per_vcpu_hour: float = Field(0.052624, description="EMR Serverless, x86, us-east-1", ge=0)
+    usd_per_gb_hour: float = Field(0.0057785, description="EMR Serverless memory, x86, us-east-1", ge=0)
+    memory_gb_per_core: float = Field(4.0, description="memory of a worker for each of its cores", gt=0)
 
 
 class CompareGenerations(Training):

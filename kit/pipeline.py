@@ -61,6 +61,8 @@ def state(lake: Lake, p: Stage) -> State:
         why = f"input {other[0]}" if other else ""
     if failure:
         return State(p.stage, "failed", failure, manifest)
+    if not why and manifest.metrics.get("retry"):
+        return State(p.stage, "stale", f"{manifest.metrics['retry']} pages to fetch again", manifest)
     return State(p.stage, "stale" if why else "done", f"changed: {why}" if why else "", manifest)
 
 

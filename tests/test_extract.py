@@ -1,18 +1,27 @@
 """Extraction: right text out of wrong heads, every lost page counted, and the same result on any machine."""
 
-import contextlib
-import json
-import time
+import faulthandler
+import hashlib
+import itertools
+import os
+import re
+import signal
+import threading
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import run_data_stages
 from test_archive import bomb, record
+from test_fetch import server  # noqa: F401
 
 from kit.data import archive, extract
-from kit.data.extract import DOCUMENT, FAILURE, decode, doc_id, extract_page, extract_rows
+from kit.data.extract import FAILURE, Html, doc_id, extract_page, extract_rows, extract_text
+from kit.data.index import explore_index
 from kit.lake import Lake
-from kit.params import ExtractText
+from kit.params import ExploreIndex, ExtractText
+from kit.pipeline import state
 
 
 def page(body: bytes, charset: str | None = None, kind: str = "text/html") -> archive.Page:
@@ -40,21 +49,7 @@ def row(**values) -> dict:
 
 
 def extracted(html: str, **values) -> dict:
-    return extract_page(row(**values), page(html.encode(errors="surrogatepass")), "resiliparse")
-
-
-def reviews(data: object, raw: str = "") -> list[dict]:
-    """Reviews found on a page whose JSON-LD is `data`."""
-    script = f'<script type="application/ld+json">{raw or json.dumps(data)}</script>'
-    return extracted(f"<html><head>{script}</head><body><p>Some text to keep.</p></body></html>")["reviews"]
-
-
-def review(**values) -> dict:
-    return {
-        "@type": "Review",
-        "reviewBody": "Good.",
-        "itemReviewed": {"@type": "Movie", "name": "Fog"},
-    } | values
+    return extract_page(row(**values), page(html.encode(errors="surrogatepass")), ExtractText())
 
 
 def test_pages_with_wrong_or_hidden_charsets_have_the_text_of_the_clean_page(
@@ -74,33 +69,6 @@ def _words(text: str) -> list[str]:
     return max(text.split("\n"), key=len).split()
 
 
-@pytest.mark.parametrize(
-    "data, claim, text",
-    [
-        ("čeština".encode("cp1250"), "windows-1250", "čeština"),
-        ("naïve café".encode(), "iso-8859-1", "naïve café"),
-        (b"\xef\xbb\xbfabc", None, "abc"),
-        ("día".encode("utf-16"), None, "día"),
-        ("日本語".encode("iso-2022-jp"), "iso-2022-jp", "日本語"),
-        ("слово за словом, строка за строкой".encode("cp1251"), None, "слово за словом, строка за строкой"),
-        (b"<meta charset=koi8-r>" + "да".encode("koi8-r"), "no-such-charset", "<meta charset=koi8-r>да"),
-        (b"", "utf-8", ""),
-    ],
-)
-def test_charsets(data: bytes, claim: str | None, text: str) -> None:
-    assert decode(data, claim)[0] == text
-
-
-@pytest.mark.timeout(30)
-@pytest.mark.parametrize("data", [bytes(range(256)) * 50, b"\xff\xfe\xd8", b"\xff" * 9, b"\x1b$" * 5000])
-@pytest.mark.parametrize("claim", [None, "utf-8", "x-user-defined", "utf-7", "rot13", "zip", "idna", "\x00"])
-def test_decode_never_raises(data: bytes, claim: str | None) -> None:
-    text, charset = decode(data, claim)
-    assert isinstance(text, str)
-    assert charset
-    text.encode()
-
-
 def test_the_sample_reviews_are_read_as_planted(documents: dict, crawl_planted: dict) -> None:
     for planted in crawl_planted["review"]:
         (found,) = documents[planted["url"]]["reviews"]
@@ -111,48 +79,6 @@ def test_the_sample_reviews_are_read_as_planted(documents: dict, crawl_planted: 
     assert {(x["url"], x["title"], x["stars"]) for x in crawl_planted["product_review"]} <= titles
 
 
-def test_reviews_are_found_however_deep_and_take_their_subject_from_above() -> None:
-    nested = {
-        "@type": "Product",
-        "name": "Saw",
-        "review": [review(itemReviewed=None), review(reviewBody="B")],
-    }
-    found = reviews({"@graph": [{"a": [nested]}]})
-    assert [(r["item"], r["body"]) for r in found] == [("Saw", "Good."), ("Fog", "B")]
-    assert reviews(review(**{"@type": ["Review", "Thing"]}))[0]["item"] == "Fog"
-    assert reviews(review(itemReviewed={"@type": ["Movie"], "name": "Fog"}))[0]["item_type"] == "Movie"
-
-
-@pytest.mark.parametrize(
-    "raw",
-    ["{broken", "[" * 100_000, '{"a":' * 50_000, "", "null", '"Review"', '[{"@type": "Review"}]', "\ud800"],
-)
-def test_json_that_holds_no_review_yields_none_and_loses_no_page(raw: str) -> None:
-    assert reviews(None, raw or " ") == []
-
-
-@pytest.mark.parametrize("value", [1e30, -3, "many", None, [], {}, float("nan"), float("inf"), 10**400, True])
-def test_odd_numbers_in_a_review_fit_the_schema(value: object) -> None:
-    count = {"interactionType": "https://schema.org/LikeAction", "userInteractionCount": value}
-    data = review(reviewRating={"ratingValue": value, "bestRating": value}, interactionStatistic=[count, 7])
-    (found,) = reviews(data)
-    assert found["body"] == "Good."
-    table([extracted("<p>text</p>") | {"reviews": [found]}])
-
-
-def test_halves_of_surrogate_pairs_in_json_do_not_reach_the_parts() -> None:
-    found = reviews(None, r'{"@type": "Review", "reviewBody": "Good\ud83d.", "name": "\udc00x\u0000"}')
-    assert [(r["body"], r["title"]) for r in found] == [("Good.", "x")]
-    table([extracted("<p>text</p>") | {"reviews": found}])
-
-
-def table(rows: list[dict]):
-    """What a part is written from."""
-    import pyarrow as pa
-
-    return pa.Table.from_pylist(rows, schema=DOCUMENT)
-
-
 def test_planted_images_have_their_captions(documents: dict, crawl_planted: dict) -> None:
     found = {(u, i["alt"], i["caption"]) for u, d in documents.items() for i in d["images"]}
     wanted = {(x["url"], x["alt"], x["caption"]) for x in crawl_planted["image_caption"]}
@@ -160,13 +86,8 @@ def test_planted_images_have_their_captions(documents: dict, crawl_planted: dict
     assert wanted <= found
 
 
-def test_images_have_the_text_beside_them() -> None:
-    (image,) = extracted("<p>before</p><br><img src='a.png' alt=' x '><p>after</p>")["images"]
-    assert image == {"src": "a.png", "alt": "x", "caption": "", "context": "before … after"}
-
-
 def test_a_plain_text_page_is_its_own_text() -> None:
-    found = extract_page(row(), page(b"one < two\n\nthree", kind="text/plain"), "resiliparse")
+    found = extract_page(row(), page(b"one < two\n\nthree", kind="text/plain"), ExtractText())
     assert (found["text"], found["extractor"], found["mime"]) == ("one < two\n\nthree", "none", "text/plain")
 
 
@@ -183,22 +104,27 @@ def test_doc_id_depends_on_the_place_of_the_bytes_only() -> None:
     assert doc_id("crawl-data/x.warc.gz", 4096) == "f4da8e010f5e910a0ff0"
 
 
-@pytest.fixture
-def two_pages(tmp_path: Path) -> list[dict]:
-    """Index rows of an archive of three pages."""
-    records = [record(i, b"<p>Page number %d has a text.</p>" % i) for i in range(3)]
-    (tmp_path / "x.warc").write_bytes(b"".join(records))
-    starts = [sum(map(len, records[:i])) for i in range(3)]
+def write_pages(folder: Path, n: int) -> list[dict]:
+    """An archive of `n` pages in `folder`, and its index rows."""
+    records = [record(i, b"<p>Page number %d has a text.</p>" % i) for i in range(n)]
+    (folder / "x.warc").write_bytes(b"".join(records))
+    starts = [sum(map(len, records[:i])) for i in range(n)]
     return [
         row(url=f"http://site.example/{i}", warc_record_offset=start, warc_record_length=len(records[i]))
         for i, start in enumerate(starts)
     ]
 
 
+@pytest.fixture
+def two_pages(tmp_path: Path) -> list[dict]:
+    """Index rows of an archive of three pages."""
+    return write_pages(tmp_path, 3)
+
+
 def lost(tmp_path: Path, rows: list[dict], **values) -> list[tuple[str, str]]:
     """Reason and kind of every page lost; what is not lost must be a document."""
     documents, failures = extract_rows(str(tmp_path), rows, ExtractText(**values))
-    assert len(documents) + len(failures) == len(rows)
+    assert documents.num_rows + len(failures) == len(rows)
     return [(f["reason"], f["kind"]) for f in failures]
 
 
@@ -227,21 +153,28 @@ def test_lost_pages_are_named(tmp_path: Path, two_pages: list[dict]) -> None:
     assert lost(tmp_path, [empty, two]) == [("no text", "dropped")]
 
 
-def test_an_extractor_that_breaks_or_hangs_takes_no_other_page_along(
-    tmp_path: Path, two_pages: list[dict], monkeypatch: pytest.MonkeyPatch
+def test_a_page_that_breaks_hangs_or_crashes_the_extractor_takes_no_other_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def moody(html: str, tree: object) -> str:
-        if "number 0" in html:
+    def moody(html: Html) -> str:
+        if "number 1 " in html.source:
             raise ZeroDivisionError
-        if "number 1" in html:
-            with contextlib.suppress(Exception):  # as libraries do: the first alarm is lost
-                time.sleep(30)
-            time.sleep(30)
-        return html
+        if "number 2 " in html.source:
+            re.match(r"(a+)+$", "a" * 60 + "b")  # hours, inside C
+        if "number 3 " in html.source:
+            faulthandler.disable()  # it would tell the whole stack
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "number 4 " in html.source:
+            return "x" * (2 << 30)
+        return html.source
 
     monkeypatch.setitem(extract.EXTRACTORS, "resiliparse", moody)
-    reasons = lost(tmp_path, two_pages, page_timeout_s=0.1)
-    assert reasons == [("extractor ZeroDivisionError", "failed"), ("timeout", "failed")]
+    rows = write_pages(tmp_path, 6)
+    reasons = lost(tmp_path, rows, extractor="resiliparse", page_timeout_s=1, page_memory_mb=500)
+    assert reasons == [
+        (reason, "failed")
+        for reason in ("extractor ZeroDivisionError", "timeout", "crash (signal 11)", "out of memory")
+    ]
 
 
 def test_files_of_two_wrappings_are_each_read_as_they_are(tmp_path: Path) -> None:
@@ -272,13 +205,53 @@ def test_every_lost_page_of_the_sample_is_in_the_failures(data_lake: Lake, crawl
     assert lost_pages == len(told)
 
 
-def test_the_same_documents_in_small_and_large_parts(data_lake: Lake, tmp_path: Path) -> None:
+def test_the_same_bytes_on_one_core_and_two_in_one_part_and_forty(data_lake: Lake, tmp_path: Path) -> None:
+    selected = data_lake.need("sample", "10_explore_index").metrics["selected_bytes"]
+    lake, found = Lake(str(tmp_path)), set()
+    for cores in (1, 2):
+        for parts in (1, 40):
+            run = f"{cores}-{parts}"
+            run_data_stages(lake, run, "20", part_mb=selected / 1e6 / parts * 1.05, cores=cores)
+            manifest = lake.need(run, "20_extract_text")
+            assert manifest.metrics["parts"] in range(parts, parts + 6)
+            table = lake.table(manifest).combine_chunks()
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as stream:
+                stream.write_table(table)
+            found.add((hashlib.sha256(sink.getvalue()).hexdigest(), manifest.counts.model_dump_json()))
+    assert len(found) == 1
+    assert lake.table(lake.need("2-40", "20_extract_text")).equals(
+        data_lake.table(data_lake.need("sample", "20_extract_text"))
+    )
+
+
+def test_pages_lost_to_the_network_are_named_and_a_rerun_fetches_those_alone(
+    server: ThreadingHTTPServer,  # noqa: F811
+    data_lake: Lake,
+    tmp_path: Path,
+) -> None:
+    def refuse(path: str, start: int, end: int) -> int | None:
+        return 403 if asked and "00001" in path else None
+
+    asked, server.faults, server.seen, server.etag = True, itertools.repeat(refuse), [], '"1"'
+    server.let_go = threading.Event()
     lake = Lake(str(tmp_path))
-    run_data_stages(lake, "small", "20", part_mb=0.1, cores=2)
-    few, many = (one.need(run, "20_extract_text") for one, run in ((data_lake, "sample"), (lake, "small")))
-    assert len(many.outputs) > 2 * len(few.outputs)
-    assert data_lake.table(few).to_pylist() == lake.table(many).to_pylist()
-    assert few.counts == many.counts
+    p = ExtractText(lake=lake.uri, requests_per_s=1000, retries=0, part_mb=0.1)
+    explore_index(ExploreIndex(lake=lake.uri, archive_base=server.uri), lake)
+    first = extract_text(p, lake)
+    selected = lake.table(lake.need("sample", "10_explore_index"))["warc_filename"].to_pylist()
+    refused = sum("00001" in name for name in selected)
+    assert 0 < refused == first.counts.failed["fetch: HTTP 403"] == first.metrics["retry"] < len(selected)
+    now = state(lake, p)
+    assert (now.status, now.why) == ("stale", f"{refused} pages to fetch again")
+
+    asked, server.seen = False, []
+    second = extract_text(p, lake)
+    assert {"00001" in path for path, *_ in server.seen} == {True}
+    here = data_lake.need("sample", "20_extract_text")
+    assert lake.table(second).equals(data_lake.table(here))
+    assert second.counts == here.counts
+    assert lake.table(second, "failures").equals(data_lake.table(here, "failures"))
 
 
 def test_real_pages_are_all_accounted_for(real_data: Path, tmp_path: Path) -> None:

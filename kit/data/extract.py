@@ -1,36 +1,40 @@
-"""Pages → documents: charset, main text, language, images and reviews of each selected page.
+"""Pages → documents: charset, main text, language, images, links and reviews of each selected page.
 
 `extract_page` is a plain function of one index row and its page; Spark, a notebook and a test call the same
-one. A page that cannot become a document is counted under a named reason, never skipped.
+one. A page that cannot become a document is counted under a named reason, never skipped. Pages are parsed in a
+child process (`guard`), so one that hangs, explodes or crashes a parser costs itself alone.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
-import json
-import math
-import re
-import signal
+import io
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property, partial
+from itertools import groupby
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
-from resiliparse.extract.html2text import extract_plain_text
-from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
-from resiliparse.parse.html import DOMNode, HTMLTree
+import pyarrow.parquet as pq
+from selectolax.lexbor import LexborHTMLParser
 
 from kit import resolve
-from kit.data import archive
+from kit.data import archive, blocks, fetch, guard, quality
+from kit.data import page as pages
 from kit.data.archive import Page, RecordError
+from kit.data.language import detect_language
+
 from kit.data.spark import plan, run_tasks
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
 from kit.params import ExtractText
 
 IMAGE = pa.struct([(n, pa.string()) for n in ("src", "alt", "caption", "context")])
+LINK = pa.struct([(n, pa.string()) for n in ("url", "text")])
 REVIEW = pa.struct(
     [
         ("item", pa.string()),
@@ -57,6 +61,7 @@ DOCUMENT = pa.schema(
         ("title", pa.string()),
         ("text", pa.string()),
         ("images", pa.list_(IMAGE)),
+        ("links", pa.list_(LINK)),
         ("reviews", pa.list_(REVIEW)),
         ("warc_filename", pa.string()),
         ("warc_record_offset", pa.int64()),
@@ -71,16 +76,18 @@ FAILURE = pa.schema(
         ("url", pa.string()),
         ("warc_filename", pa.string()),
         ("warc_record_offset", pa.int64()),
+        ("wrapping", pa.string()),
         ("reason", pa.string()),
         ("kind", pa.string()),
     ]
 )
-CYRILLIC = frozenset(
-    map_encoding_to_html5(c) for c in ("windows-1251", "koi8-r", "koi8-u", "ibm866", "iso-8859-5")
-)
-META_CHARSET = re.compile(rb"<meta[^>]{0,200}charset\s*=\s*[\"']?\s*([\w:-]+)", re.IGNORECASE)
-MAX_IMAGES, MAX_REVIEWS, MAX_JSON_BYTES, CONTEXT_CHARS = 50, 500, 1 << 20, 300
-MAX_COUNT = 2**31 - 1
+"""A page that became no document; `kind` is `dropped` (nothing wrong with it), `failed`, or `retry` (failed for now)."""
+decode, reviews_of = pages.decode, pages.reviews_of  # TEMPORARY
+PLACE = ("warc_filename", "warc_record_offset", "wrapping")
+DROPPED = ("no text", "prefilter: language", "prefilter: words")
+BATCH_PAGES, BATCH_BYTES = 256, 32 << 20
+PREFILTER_SCORE = 0.8
+"""How sure the language of a page's whole text must be before the main text is not even looked for."""
 
 
 def doc_id(warc_filename: str, offset: int, wrapping: str = "member") -> str:
@@ -92,74 +99,69 @@ def doc_id(warc_filename: str, offset: int, wrapping: str = "member") -> str:
     return hashlib.blake2b(place.encode(), digest_size=10).hexdigest()
 
 
-def decode(payload: bytes, http_charset: str | None) -> tuple[str, str]:
-    """Text of a page and the charset that was used: `(text, charset)`; never raises.
+class Html:
+    """One page's HTML; it is parsed and cut into blocks at most once, and only if somebody asks."""
 
-    Bytes that are valid UTF-8 are UTF-8, whatever the heads claim (by chance they would not be). Otherwise the
-    first claim that decodes without error wins: HTTP head, `<meta>`, a guess from the bytes.
-    """
-    if payload[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return payload.decode("utf-16", "replace").lstrip("\ufeff"), "utf-16"
-    escapes = b"\x1b$" in payload[:4096]  # ISO-2022-JP is ASCII to a UTF-8 decoder
-    if not escapes:
-        try:
-            return payload.decode("utf-8-sig"), "utf-8"
-        except UnicodeDecodeError:
-            pass
-    meta = META_CHARSET.search(payload[:4096])
-    guess = _codec(detect_encoding(payload[:65536]) or "utf-8")
-    claims = [_codec(c) for c in (http_charset, meta[1].decode("latin-1") if meta else None) if c]
-    # any Cyrillic charset decodes any other's bytes without an error: there the letters tell more than the heads
-    first = [guess] if CYRILLIC.issuperset({guess, *claims[:1]}) else []
-    for charset in [*first, *claims, guess]:
-        try:
-            return payload.decode(charset), charset
-        except (UnicodeDecodeError, LookupError):
-            continue
-    return bytes_to_str(payload, guess, errors="replace"), guess
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    @cached_property
+    def tree(self) -> LexborHTMLParser:
+        """The parsed page; `blocks` may take nodes out of it, so look for images and the like before."""
+        return blocks.parse(self.source)
+
+    @cached_property
+    def blocks(self) -> blocks.Blocks:
+        """The page's text blocks."""
+        return blocks.walk(self.tree)
 
 
-def _codec(charset: str) -> str:
-    """Python's name of a charset as browsers understand it, or what was said if they do not know it."""
-    return map_encoding_to_html5(charset) or charset
+def _resiliparse(html: Html) -> str:
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return extract_plain_text(html.source, main_content=True, preserve_formatting=True, alt_texts=False)
 
 
-def _resiliparse(html: str, tree: HTMLTree) -> str:
-    return extract_plain_text(tree, main_content=True, preserve_formatting=True, alt_texts=False)
-
-
-def _trafilatura(html: str, tree: HTMLTree) -> str:
+def _trafilatura(html: Html) -> str:
     import trafilatura
 
     # no deduplicate=True: it remembers earlier pages of the process, so results would depend on partitioning
-    return trafilatura.extract(html, include_comments=True, include_tables=True) or ""
+    return trafilatura.extract(html.source, include_comments=True, include_tables=True) or ""
 
 
-EXTRACTORS: dict[str, Callable[[str, HTMLTree], str]] = {
+EXTRACTORS: dict[str, Callable[[Html], str]] = {
+    "auto": lambda html: blocks.main_text(html.blocks),
     "resiliparse": _resiliparse,
     "trafilatura": _trafilatura,
 }
-"""Main-text extractors by name; one takes the page's HTML and its parsed tree and returns plain text."""
+"""Main-text extractors by name; one takes a page and returns its plain text."""
 
 
-def extract_page(row: dict[str, Any], page: Page, extractor: str) -> dict[str, Any]:
+def extract_page(row: dict[str, Any], page: Page, p: ExtractText) -> dict[str, Any]:
     """One document out of one page, as a row of `DOCUMENT`; raises `RecordError` with the reason to count."""
-    text, charset = decode(page.payload, page.charset)
-    text = text.replace("\x00", "")
-    title, language, images, reviews = "", (row["content_languages"] or "").split(",")[0], [], []
+    text, charset = pages.decode(page.payload, page.charset)
+    text, extractor = text.replace("\x00", ""), p.extractor
+    found = {"title": "", "images": [], "links": [], "reviews": []}
+    # what the index detected is better than what the page claims, where there is an index
+    language = (row["content_languages"] or "").split(",")[0]
     if page.record_type == "conversion" or page.mime == "text/plain":
         extractor = "none"
     else:
-        tree = HTMLTree.parse(text)
-        title = (tree.title or "").strip()
-        # what the index detected is better than what the page claims, where there is an index
-        language = language or (tree.document.query_selector("html").getattr("lang") or "")[:35]
-        images, reviews = list(_images(tree)), _reviews(tree)
-        text = EXTRACTORS[extractor](text, tree)
+        html = Html(text)
+        language = language or pages.html_language(html.tree)
+        found = {
+            "title": pages.title(html.tree),
+            "images": pages.images(html.tree),
+            "links": pages.links(html.tree, row["url"]) if p.keep_links else [],
+            "reviews": pages.reviews(html.tree),
+        }
+        if p.prefilter:
+            _prefilter(blocks.all_text(html.blocks), p)
+        text = EXTRACTORS[extractor](html)
     if not text.strip():
         raise RecordError("no text")
-    return {
-        "doc_id": doc_id(row["warc_filename"], row["warc_record_offset"], row["wrapping"]),
+    return found | {
+        "doc_id": doc_id(*(row[k] for k in PLACE)),
         "url": row["url"],
         "host": urlsplit(row["url"]).hostname,
         "fetch_time": page.fetch_time,
@@ -167,10 +169,7 @@ def extract_page(row: dict[str, Any], page: Page, extractor: str) -> dict[str, A
         "mime": page.mime,
         "charset": charset,
         "language": language or None,
-        "title": title,
         "text": text.strip(),
-        "images": images,
-        "reviews": reviews,
         "warc_filename": row["warc_filename"],
         "warc_record_offset": row["warc_record_offset"],
         "warc_record_length": row["warc_record_length"],
@@ -180,130 +179,24 @@ def extract_page(row: dict[str, Any], page: Page, extractor: str) -> dict[str, A
     }
 
 
-def _images(tree: HTMLTree) -> Iterator[dict[str, str]]:
-    """Images with alternative text, caption and the text beside them."""
-    for image in tree.document.query_selector_all("img[src]")[:MAX_IMAGES]:
-        figure = image.parent
-        while figure is not None and figure.tag not in ("figure", "body"):
-            figure = figure.parent
-        figure = figure if figure is not None and figure.tag == "figure" else None
-        caption = figure.query_selector("figcaption") if figure else None
-        yield {
-            "src": image.getattr("src"),
-            "alt": (image.getattr("alt") or "").strip(),
-            "caption": caption.text.strip() if caption else "",
-            "context": _beside(figure or image),
-        }
+def _prefilter(cheap: str, p: ExtractText) -> None:
+    """Raise `RecordError` where all the text of a page already says that its main text will not be kept.
 
-
-def _beside(node: DOMNode) -> str:
-    """Text of the nearest elements before and after `node`."""
-    found = []
-    for step in ("prev", "next"):
-        other = getattr(node, step)
-        while other is not None and not (other.text or "").strip():
-            other = getattr(other, step)
-        if other is not None:
-            found.append(" ".join(other.text.split())[:CONTEXT_CHARS])
-    return " … ".join(found)
-
-
-def _reviews(tree: HTMLTree) -> list[dict[str, Any]]:
-    """Reviews that the page marks up as schema.org JSON-LD, however deep; broken JSON yields none."""
-    found: list[dict[str, Any]] = []
-    for script in tree.document.query_selector_all('script[type="application/ld+json"]'):
-        source = script.text or ""
-        if len(source) > MAX_JSON_BYTES:
-            continue
-        try:
-            todo: list[tuple[Any, dict[str, Any]]] = [(json.loads(source), {})]
-        except (ValueError, RecursionError):
-            continue
-        while todo and len(found) < MAX_REVIEWS:
-            node, about = todo.pop()
-            if isinstance(node, list):
-                todo += [(x, about) for x in reversed(node)]
-            elif isinstance(node, dict):
-                if _type(node) == "Review":
-                    found.append(_review(node, about))
-                else:
-                    todo += [(v, node) for v in node.values() if isinstance(v, (dict, list))]
-    return [r for r in found if r["body"]]
-
-
-def _review(node: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
-    """One schema.org Review; `about` is the thing it was found under, used when it names no subject."""
-    item = node.get("itemReviewed") if isinstance(node.get("itemReviewed"), dict) else about
-    rating = node.get("reviewRating") if isinstance(node.get("reviewRating"), dict) else {}
-    counters = node.get("interactionStatistic")
-    counters = counters if isinstance(counters, list) else [counters] if isinstance(counters, dict) else []
-    likes = {
-        str(c.get("interactionType")).rpartition("/")[2]: _number(c.get("userInteractionCount"))
-        for c in counters
-        if isinstance(c, dict)
-    }
-    helpful = likes.get("LikeAction")
-    return {
-        "item": _string(item.get("name")),
-        "item_type": _type(item),
-        "rating": _number(rating.get("ratingValue")),
-        "rating_max": _number(rating.get("bestRating")) or 5.0,
-        "title": _string(node.get("name")),
-        "body": _string(node.get("reviewBody")),
-        "helpful": None if helpful is None else int(min(helpful, MAX_COUNT)),
-        "votes": None
-        if helpful is None
-        else int(min(helpful + (likes.get("DislikeAction") or 0), MAX_COUNT)),
-    }
-
-
-def _type(node: dict[str, Any]) -> str:
-    """The schema.org type of a thing, the first where it has several."""
-    kind = node.get("@type")
-    return _string(kind[0] if isinstance(kind, list) and kind else kind)
-
-
-def _string(value: Any) -> str:
-    """Text out of JSON, without the halves of surrogate pairs that JSON may escape and Parquet cannot hold."""
-    return str(value or "").encode("utf-8", "ignore").decode().replace("\x00", "").strip()
-
-
-def _number(value: Any) -> float | None:
-    """A finite, non-negative number, or None; JSON in the wild holds words, NaN and 1e999."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if 0 <= number < math.inf else None
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `RecordError("timeout")` when the block takes longer.
-
-    Works between Python instructions of the main thread: one call into C that never returns is not stopped.
+    A main text has no more words than the page; the language must be sure, because furniture has one, too.
     """
-
-    def late(*_: Any) -> None:
-        raise RecordError("timeout")
-
-    before = signal.signal(signal.SIGALRM, late)
-    # again every second: a library may swallow the first alarm with an `except Exception` of its own
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    if quality.cheap_words(cheap) < p.min_words:
+        raise RecordError("prefilter: words")
+    if p.keep_languages:
+        language, score = detect_language(cheap)
+        if language not in p.keep_languages and score >= PREFILTER_SCORE:
+            raise RecordError("prefilter: language")
 
 
-def read_page(f: BinaryIO, row: dict[str, Any], max_page_mb: float) -> Page:
-    """The page an index row points at, its URL and digest verified; raises `RecordError`."""
+def verified_page(row: dict[str, Any], raw: bytes, max_page_mb: float) -> Page:
+    """The page in the bytes an index row points at, its URL and digest verified; raises `RecordError`."""
     limit = int(max_page_mb * 1e6)
-    raw = archive.read_bytes(
-        f, row["warc_record_offset"], row["warc_record_length"], row["wrapping"], 2 * limit
-    )
-    page = archive.parse_page(raw, limit)
+    plain = archive.read_bytes(io.BytesIO(raw), 0, len(raw), row["wrapping"], 2 * limit)
+    page = archive.parse_page(plain, limit)
     if page.url != row["url"]:
         raise RecordError("URL is not the index's")
     # an index may write sha1: before the digest, or know none
@@ -313,31 +206,95 @@ def read_page(f: BinaryIO, row: dict[str, Any], max_page_mb: float) -> Page:
     return page
 
 
-def extract_rows(
-    base: str, rows: list[dict[str, Any]], p: ExtractText
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Documents and failures of index rows, which are sorted by file and offset."""
-    documents, failures = [], []
-    opened: dict[tuple[str, str], BinaryIO] = {}
-    for row in rows:
-        key = row["warc_filename"], row["wrapping"]
+def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> tuple[pa.Table, list[dict]]:
+    """Documents (`DOCUMENT`) and failures (rows of `FAILURE`) of index rows sorted by file and offset."""
+    EXTRACTORS[p.extractor](Html("<p>what is loaded here need not be loaded in every child</p>"))
+    tables, failures = [DOCUMENT.empty_table()], []
+    for batch in _batches(read_rows(base, rows, int(p.max_page_mb * 2e6))):
+        packed, dead = guard.in_child(partial(_work, p=p), batch, p.page_timeout_s, p.page_memory_mb)
+        with pa.ipc.open_stream(packed) as stream:
+            lost = stream.schema.metadata or {}
+            tables.append(stream.read_all().replace_schema_metadata(None))
+        told = dead | {int(i): reason.decode() for i, reason in lost.items()}
+        failures += [_failure(batch[i][0], told[i]) for i in sorted(told)]
+    return pa.concat_tables(tables), failures
+
+
+def _work(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: ExtractText) -> bytes:
+    """Documents of a batch as an Arrow stream; its metadata says why the others are none. Runs in a child."""
+    gc.disable()  # the child is gone in a moment, and trees hold no cycles
+    documents, lost = [], {}
+    for i, (row, raw) in items:
+        beat(i)
         try:
-            if key not in opened:
-                for f in opened.values():
-                    f.close()
-                opened = {}
-                opened[key] = open_archive(f"{base}/{key[0]}", key[1])
-            with time_limit(p.page_timeout_s):
-                documents.append(extract_page(row, read_page(opened[key], row, p.max_page_mb), p.extractor))
+            if isinstance(raw, RecordError):
+                raise raw
+            documents.append(extract_page(row, verified_page(row, raw, p.max_page_mb), p))
         except RecordError as error:
-            kind = "dropped" if error.reason == "no text" else "failed"
-            failures.append({k: row[k] for k in FAILURE.names[:3]} | {"reason": error.reason, "kind": kind})
+            lost[str(i)] = error.reason
+        except MemoryError:
+            lost[str(i)] = "out of memory"
         except Exception as error:  # a page may break a parser in any way; it must not take the others along
-            reason = f"extractor {type(error).__name__}"
-            failures.append({k: row[k] for k in FAILURE.names[:3]} | {"reason": reason, "kind": "failed"})
-    for f in opened.values():
+            lost[str(i)] = f"extractor {type(error).__name__}"
+    beat(-1)
+    sink = pa.BufferOutputStream()
+    schema = DOCUMENT.with_metadata(lost) if lost else DOCUMENT
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_table(pa.Table.from_pylist(documents, schema=schema))
+    return sink.getvalue().to_pybytes()
+
+
+def _failure(row: dict[str, Any], reason: str) -> dict[str, Any]:
+    kind = "dropped" if reason in DROPPED else "retry" if fetch.may_retry(reason) else "failed"
+    return {k: row[k] for k in ("url", *PLACE)} | {"reason": reason, "kind": kind}
+
+
+def read_rows(
+    base: str, rows: Iterable[dict[str, Any]], max_bytes: int
+) -> Iterator[tuple[dict[str, Any], bytes | RecordError]]:
+    """Every row with its bytes in the archive, or with why they cannot be read; nothing raises."""
+
+    def way(row: dict[str, Any]) -> str:
+        if row["warc_record_length"] > max_bytes:
+            return "too large"
+        return row["warc_filename"] if row["wrapping"] == "stream" else "ranges"
+
+    for how, group in groupby(rows, way):
+        if how == "too large":
+            yield from ((row, RecordError("record too large")) for row in group)
+        elif how == "ranges":
+            yield from fetch.read_ranges(base, list(group))
+        else:
+            yield from _read_stream(f"{base}/{how}", group, max_bytes)
+
+
+def _read_stream(
+    uri: str, rows: Iterable[dict[str, Any]], max_bytes: int
+) -> Iterator[tuple[dict[str, Any], bytes | RecordError]]:
+    """Rows of an archive that has to be unpacked as a whole."""
+    f: BinaryIO | None = None
+    for row in rows:
+        place = row["warc_record_offset"], row["warc_record_length"]
+        try:
+            f = f or open_archive(uri, "stream")
+            yield row, archive.read_bytes(f, *place, "stream", max_bytes)
+        except RecordError as error:
+            yield row, error
+    if f:
         f.close()
-    return documents, failures
+
+
+def _batches(pairs: Iterable[tuple[dict[str, Any], Any]]) -> Iterator[list[tuple[dict[str, Any], Any]]]:
+    """Groups of pages for one child: few enough to do again after a kill, many enough to be worth a fork."""
+    batch, size = [], 0
+    for pair in pairs:
+        batch.append(pair)
+        size += len(pair[1]) if isinstance(pair[1], bytes) else 0
+        if len(batch) == BATCH_PAGES or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def open_archive(uri: str, wrapping: str) -> BinaryIO:
@@ -352,37 +309,80 @@ def open_archive(uri: str, wrapping: str) -> BinaryIO:
 def extract_text(p: ExtractText, lake: Lake) -> Manifest:
     """Pages → documents on Spark: `part-…` (rows of `DOCUMENT`) and `failures` (pages lost, each with why).
 
-    Tasks are planned by bytes of input, not by files or cores; raises `LakeError` when no page could be read.
+    Tasks are planned by bytes of input, not by files or cores. Where the last result of the same work lost pages
+    to the network, only those are fetched again. Raises `LakeError` when no page could be read.
     """
     with lake.stage(p) as out:
         selection = out.read("10_explore_index")
-        rows = lake.table(selection).to_pylist()
+        rows = lake.table(selection)
         base = resolve(selection.metrics["archive_base"])
         if "://" not in base:
-            for name in sorted({r["warc_filename"] for r in rows}):
+            for name in sorted(set(rows["warc_filename"].to_pylist())):
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
-        shares = plan([r["warc_record_length"] for r in rows], p.part_mb * 1e6)
-        lake_uri, folder, attempt = lake.uri, out.base, out.attempt
+        made, failures = _unfinished(lake, out)
+        again = {doc_id(*(f[k] for k in PLACE)) for f in failures if f["kind"] == "retry"}
+        requests_per_s = p.requests_per_s / (p.cores or os.cpu_count() or 1)
+        place = lake.uri, out.base, out.attempt
 
-        def work(task: tuple[int, list[dict[str, Any]]]) -> dict[str, Any]:
-            number, share = task
-            documents, failures = extract_rows(base, share, p)
-            table = pa.Table.from_pylist(documents, schema=DOCUMENT)
-            output = write_table(lake_uri, folder, attempt, f"part-{number:05d}", table)
-            return {"done": len(share), "output": output.model_dump(), "failures": failures}
+        def work(task: tuple[str, pa.Table]) -> dict[str, Any]:
+            name, part = task
+            fetch.configure(requests_per_s=requests_per_s, retries=p.retries)
+            output, lost = _extract_part(base, part, p, place, name, made.get(name), again)
+            return {"done": part.num_rows, "output": output.model_dump(), "failures": lost}
 
-        tasks = [(len(s), (i, rows[s.start : s.stop])) for i, s in enumerate(shares)]
+        shares = plan(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
+        parts = [rows.slice(s.start, len(s)).combine_chunks() for s in shares]
+        tasks = [(part.num_rows, (f"part-{i:05d}", part)) for i, part in enumerate(parts)]
         results = run_tasks(p, work, tasks, "extract", "pages")
         for result in results:
             out.add(Output(**result["output"]))
-        failures = [f for r in results for f in r["failures"]]
+        failures = [f for f in failures if f["kind"] != "retry"] + [f for r in results for f in r["failures"]]
         if failures:
+            failures.sort(key=lambda f: tuple(f[k] for k in PLACE))
             out.table("failures", pa.Table.from_pylist(failures, schema=FAILURE))
-        by_kind = {k: Counter(f["reason"] for f in failures if f["kind"] == k) for k in ("dropped", "failed")}
+        dropped = Counter(f["reason"] for f in failures if f["kind"] == "dropped")
+        failed = Counter(f["reason"] for f in failures if f["kind"] != "dropped")
         counts = Counts(
-            records_in=len(rows),
+            records_in=rows.num_rows,
             records_out=sum(o.rows for o in out.outputs if o.name.startswith("part")),
-            dropped=dict(sorted(by_kind["dropped"].items())),
-            failed=dict(sorted(by_kind["failed"].items())),
+            dropped=dict(sorted(dropped.items())),
+            failed=dict(sorted(failed.items())),
         )
-        return out.commit(counts, {"parts": len(tasks), "extractor": p.extractor})
+        retry = sum(f["kind"] == "retry" for f in failures)
+        return out.commit(counts, {"parts": len(tasks), "extractor": p.extractor, "retry": retry})
+
+
+def _unfinished(lake: Lake, out: StageWriter) -> tuple[dict[str, Output], list[dict[str, Any]]]:
+    """Parts by name and failures of the last result, if all that is left to do there is to fetch pages again."""
+    last = lake.manifest(out.p.run, out.p.stage)
+    if last is None or not last.metrics.get("retry") or not out.same_work(last):
+        return {}, []
+    parts = {o.name.removesuffix(".parquet"): o for o in last.outputs if o.name.startswith("part")}
+    return parts, lake.table(last, "failures").to_pylist()
+
+
+def _extract_part(
+    base: str,
+    part: pa.Table,
+    p: ExtractText,
+    place: tuple[str, str, str],
+    name: str,
+    made: Output | None,
+    again: set[str],
+) -> tuple[Output, list[dict[str, Any]]]:
+    """Write one part at `place` (lake, folder, attempt); of a part `made` before, only pages of `again` are read."""
+    todo = part.to_pylist()
+    ids = [doc_id(*(row[k] for k in PLACE)) for row in todo]
+    if made:
+        todo = [row for row, key in zip(todo, ids, strict=True) if key in again]
+        if not todo:
+            return made, []
+    documents, failures = extract_rows(base, todo, p)
+    lake_uri, folder, attempt = place
+    if made:
+        old = pq.read_table(f"{folder}/{made.path}", filesystem=Lake(lake_uri).fs, partitioning=None)
+        documents = pa.concat_tables([old.cast(DOCUMENT), documents])
+        order = {key: i for i, key in enumerate(ids)}
+        found = [order[key] for key in documents["doc_id"].to_pylist()]
+        documents = documents.take(sorted(range(len(found)), key=found.__getitem__))
+    return write_table(lake_uri, folder, attempt, name, documents), failures

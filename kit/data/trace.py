@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 from kit import resolve
 from kit.data import archive, pii
 from kit.data.archive import RecordError
-from kit.data.extract import decode, open_archive
+from kit.data.extract import open_archive
+from kit.data.page import decode
 from kit.lake import Lake, LakeError
 from kit.show import printable
 
