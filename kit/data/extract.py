@@ -85,7 +85,7 @@ FAILURE = pa.schema(
 decode, reviews_of = pages.decode, pages.reviews_of  # TEMPORARY
 PLACE = ("warc_filename", "warc_record_offset", "wrapping")
 DROPPED = ("no text", "prefilter: language", "prefilter: words")
-BATCH_PAGES, BATCH_BYTES = 256, 32 << 20
+BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20
 PREFILTER_SCORE = 0.8
 """How sure the language of a page's whole text must be before the main text is not even looked for."""
 
@@ -304,6 +304,16 @@ def open_archive(uri: str, wrapping: str) -> BinaryIO:
     except OSError:
         raise RecordError("archive file missing") from None
     return archive.unpacked(f) if wrapping == "stream" else f
+
+
+def by_each(selection: Manifest, row: dict[str, Any]) -> dict[str, str]:
+    """The main text of one selected page by every extractor, to look at side by side; raises `RecordError`."""
+    ((_, raw),) = read_rows(resolve(selection.metrics["archive_base"]), [row], MOST_BYTES)
+    if isinstance(raw, RecordError):
+        raise raw
+    page = verified_page(row, raw, MOST_BYTES / 1e6)
+    source = pages.decode(page.payload, page.charset)[0].replace("\x00", "")
+    return {name: extractor(Html(source)).strip() for name, extractor in EXTRACTORS.items()}
 
 
 def extract_text(p: ExtractText, lake: Lake) -> Manifest:
