@@ -185,8 +185,7 @@ def _estimate(args: argparse.Namespace) -> int:
 
     values = recipe_values(args)
     lake = Lake(for_stage(STAGES["10_explore_index"], values).lake)
-    selected = Index(for_stage(STAGES["10_explore_index"], values)).select()
-    pages = selected.num_rows - selected["dropped"].drop_null().__len__()
+    pages = Index(for_stage(STAGES["10_explore_index"], values)).reasons()["kept"]
     rows = []
     for cls in STAGES.values():
         p = for_stage(cls, values)

@@ -132,7 +132,8 @@ class ExploreIndex(Stage):
     domains: Strings = Field([], description="registered domains to keep, empty = all")
     languages: Strings = Field([], description="index languages to keep (ISO 639-3), empty = all")
     mimes: Strings = Field(
-        ["text/html", "application/xhtml+xml", "text/plain"], description="detected MIME types to keep"
+        ["text/html", "application/xhtml+xml", "text/plain"],
+        description="detected MIME types to keep, empty = all",
     )
     statuses: Strings = Field(["200"], description="HTTP statuses to keep, empty = all")
     min_record_kb: float = Field(0.0, description="shorter compressed records are left out", ge=0)
@@ -144,6 +145,9 @@ class ExploreIndex(Stage):
         json_schema_extra=PATH,
     )
     athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
+    max_scan_gb: float = Field(
+        5.0, description="a question that would read more of the index is refused", gt=0
+    )
     max_pages: int = Field(0, description="stop after so many pages for a quick trial, 0 = all", ge=0)
 
 
@@ -163,6 +167,9 @@ class QueryWithAthena(Stage):
     athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     athena_database: str = Field("ccindex", description="Athena database to create", pattern=r"^\w+$")
     athena_output: str = Field("s3://your-bucket/athena/", description="where Athena writes its results")
+    site: str = Field(
+        "reelnotes.example", description="site to find: a domain, a host, or how its URLs begin"
+    )
 
 
 class ExtractText(Cores):
@@ -313,12 +320,6 @@ class BenchmarkData(Cores):
     zone: ClassVar[str] = "reports"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
-    index_path: str = Field(
-        "data_samples/cc-index/table/cc-main/warc",
-        description="cc-index table: folder or URL above crawl=…",
-        json_schema_extra=PATH,
-    )
     benchmark_archive: str = Field(
         "", description="WARC of real pages to measure on; empty = the sample crawl", json_schema_extra=PATH
     )
@@ -337,13 +338,18 @@ class BenchmarkData(Cores):
         json_schema_extra=PATH,
     )
     spark_pages: int = Field(20_000, description="pages of spark_archive, at most", ge=20)
+    count_index: str = Field(
+        "data_samples/cc-index/table/cc-main/warc/crawl=CC-SAMPLE-2026-05",
+        description="folder of Parquet files of an index, to count pages by language in",
+        json_schema_extra=PATH,
+    )
     peers_venv: str = Field(
         ".cache/peers",
         description="virtual environment with the extra 'peers' (it cannot share the kit's own)",
         json_schema_extra=PATH,
     )
     crawl_pages: int = Field(
-        2_610_000_000, description="pages of a whole crawl; the default is CC-MAIN-2025-43", ge=1
+        2_616_796_857, description="pages of a whole crawl; the default is CC-MAIN-2025-43", ge=1
     )
     crawl_tb: float = Field(107.5, description="its compressed WARC files, TB (97.73 TiB)", gt=0)
     within_days: float = Field(7.0, description="time in which it is to be done", gt=0)

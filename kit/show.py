@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import os
 import re
@@ -291,8 +292,9 @@ def text_page(title: str, text: str, **facts: Any) -> Page:
 def explore(render: Any, **choices: Any) -> Any:
     """A widget: `render(**values)` is shown anew whenever one of `choices` changes.
 
-    A choice is a list (drop-down), `(low, high, step, start)` (slider) or a string (text field). `render` returns
-    something with `_repr_html_`. In a notebook that nobody clicks, show a static table beside it.
+    A choice is a list (drop-down), a function of the choices before it that returns such a list (drop-down that
+    follows them), `(low, high, step, start)` (slider) or a string (text field). `render` returns something with
+    `_repr_html_`. In a notebook that nobody clicks, show a static table beside it.
     """
     import ipywidgets as w
 
@@ -310,11 +312,27 @@ def explore(render: Any, **choices: Any) -> Any:
             return w.Text(value=choice, description=label, continuous_update=False, **wide)
         return w.Dropdown(options=choice, description=label, **wide)
 
-    controls = {name: control(name, choice) for name, choice in choices.items()}
+    follows = {name: functools.cache(choice) for name, choice in choices.items() if callable(choice)}
+    controls: dict[str, Any] = {}
+    for name, choice in choices.items():
+        before = {n: c.value for n, c in controls.items()}
+        controls[name] = control(name, follows[name](**before) if name in follows else choice)
     view = w.HTML()
+    following = False
 
     def refresh(*_: Any) -> None:
-        view.value = render(**{name: c.value for name, c in controls.items()})._repr_html_()
+        nonlocal following
+        if following:  # a drop-down that got new options tells of its new value
+            return
+        following, values = True, {}
+        try:
+            for name, c in controls.items():
+                if name in follows and list(c.options) != list(follows[name](**values)):
+                    c.options = follows[name](**values)
+                values[name] = c.value
+        finally:
+            following = False
+        view.value = render(**values)._repr_html_()
 
     for c in controls.values():
         c.observe(refresh, "value")

@@ -15,7 +15,7 @@ FLOORS = (
     ("kit.cost",),
     ("kit.show",),
     ("kit.data", "kit.train"),
-    ("kit.measure",),
+    ("kit.measure", "kit.launch"),
     ("kit.pipeline", "kit.doctor", "kit.refresh"),
     ("kit.cli",),
 )

@@ -1,6 +1,7 @@
 """The index: what is selected, what is dropped for which reason, and the same identities wherever files lie."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import fsspec
@@ -26,10 +27,7 @@ def explored(tmp_path: Path, **values) -> tuple:
 
 
 def reasons(**values) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reason in Index(ExploreIndex(**values)).select()["dropped"].to_pylist():
-        counts[reason or "kept"] = counts.get(reason or "kept", 0) + 1
-    return counts
+    return dict(Index(ExploreIndex(**values)).reasons())
 
 
 def test_counts_by_language_are_those_of_the_table() -> None:
@@ -63,6 +61,9 @@ def test_every_record_is_selected_or_dropped_for_a_reason(data_lake: Lake, crawl
         ({"languages": ["deu", "pol"]}, "index language"),
         ({"mimes": ["application/pdf"]}, "MIME type"),
         ({"max_record_mb": 0.002}, "record too long"),
+        ({"min_record_kb": 1.2}, "record too short"),
+        ({"keep_truncated": False}, "truncated"),
+        ({"statuses": ["200", "404"]}, "status 410"),
         ({"max_pages": 10}, "over max_pages"),
     ],
 )
@@ -73,10 +74,64 @@ def test_each_filter_drops_under_its_name(tmp_path: Path, values: dict, reason: 
         assert row["url_host_registered_domain"] in values.get("domains", [row["url_host_registered_domain"]])
         assert row["content_mime_detected"] in values.get("mimes", [row["content_mime_detected"]])
         assert row["warc_record_length"] <= values.get("max_record_mb", 8) * 1e6
+        assert row["warc_record_length"] >= values.get("min_record_kb", 0) * 1e3
+        assert str(row["fetch_status"]) in values.get("statuses", ["200"])
+        assert values.get("keep_truncated", True) or row["content_truncated"] is None
         if "languages" in values:
             assert {"deu", "pol"} & set(row["content_languages"].split(","))
     if "max_pages" in values:
         assert len(rows) == 10
+
+
+def test_empty_lists_of_statuses_and_types_keep_all() -> None:
+    assert set(reasons(statuses=[], mimes=[])) == {"kept", "robots.txt"}
+
+
+def test_a_site_is_found_by_domain_host_or_beginning_of_a_url() -> None:
+    index = Index(ExploreIndex())
+    every = index.sql("SELECT url, url_host_name AS host FROM ccindex")
+
+    def found(site: str) -> list[str]:
+        return sorted(r["url"] for r in index.find(site))
+
+    def having(start: str) -> list[str]:
+        return sorted(r["url"] for r in every if r["url"].startswith(start))
+
+    whole = sorted(r["url"] for r in every if r["host"].endswith("reelnotes.example"))
+    assert (
+        found("reelnotes.example")
+        == found("www.reelnotes.example")
+        == found("WWW.Reelnotes.example.")
+        == whole
+    )
+    films = having("https://www.reelnotes.example/film/")
+    assert found("https://www.reelnotes.example/film/") == films
+    either = sorted(films + having("http://www.reelnotes.example/film/"))
+    assert found("www.reelnotes.example/film/") == either != films
+    assert 0 < len(films) < len(whole) and len(index.find("reelnotes.example", limit=3)) == 3
+    assert found("otes.example") == found("example") == found("o'hara.example") == []
+    for nonsense in ("", "https://", "http://[broken"):
+        with pytest.raises(ParamError, match="is no site"):
+            index.find(nonsense)
+
+
+def test_time_and_type_are_counted_as_plain_code_counts_them() -> None:
+    index = Index(ExploreIndex())
+    rows = index.sql("SELECT fetch_time, fetch_status, content_languages AS spoken FROM ccindex")
+    told = {
+        by: {r[by]: r["pages"] for r in index.count_by(by, 999)}
+        for by in ("fetch_day", "fetch_status", "language")
+    }
+    assert told["fetch_day"] == Counter(r["fetch_time"].date().isoformat() for r in rows)
+    assert told["fetch_status"] == Counter(str(r["fetch_status"]) for r in rows)
+    assert told["language"] == Counter((r["spoken"] or "(none)").split(",")[0] for r in rows)
+
+
+def test_other_crawls_are_opened_beside_this_one() -> None:
+    index = Index(ExploreIndex())
+    assert index.crawls == ["CC-SAMPLE-2025-51", CRAWL]
+    other = index.at("CC-SAMPLE-2025-51")
+    assert other.rows == 45 and other is index.at("CC-SAMPLE-2025-51") and index.at(CRAWL) is index
 
 
 def test_an_unknown_crawl_names_those_there_are(tmp_path: Path) -> None:
@@ -123,7 +178,7 @@ def test_archives_make_the_same_selection_as_their_index(tmp_path: Path, data_la
     missing = {
         r["url"] for r in indexed if (r["url"], r["warc_record_offset"], r["warc_record_length"]) not in spans
     }
-    assert missing == {f"https://attic.example/box/{what}" for what in ("gzip", "cut", "offset")}
+    assert missing == {f"https://attic.example/box/{what}" for what in ("cut", "offset")}
     assert sum(manifest.counts.failed.values()) == 2
 
 

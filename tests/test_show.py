@@ -64,6 +64,24 @@ def test_a_widget_follows_its_controls():
     assert view.value == "3 b y"
 
 
+def test_a_choice_can_follow_the_choices_before_it():
+    sites = {("a", "x"): ["ax1", "ax2"], ("a", "y"): ["ay"], ("b", "x"): ["bx"]}
+    asked = []
+    widget = show.explore(
+        lambda crawl, kind, site: asked.append((crawl, kind, site)) or show.Page(f"{crawl} {kind} {site}"),
+        crawl=["a", "b"],
+        kind=lambda crawl: sorted(k for c, k in sites if c == crawl),
+        site=lambda crawl, kind: sites[crawl, kind],
+    )
+    crawl, kind, site, view = widget.children
+    assert view.value == "a x ax1" and site.options == ("ax1", "ax2")
+    kind.value = "y"
+    assert view.value == "a y ay" and site.options == ("ay",)
+    crawl.value = "b"
+    assert view.value == "b x bx" and kind.options == ("x",)
+    assert asked == [("a", "x", "ax1"), ("a", "y", "ay"), ("b", "x", "bx")], "shown once for each click"
+
+
 @pytest.mark.parametrize("n", [1, 30])
 def test_figures_carry_their_numbers(n):
     rows = [{"k": f"k{i}", "v": i + 1} for i in range(n)]

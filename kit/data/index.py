@@ -1,22 +1,43 @@
 """The crawl index: which pages there are, and the selection that the rest of the chain reads.
 
-DuckDB reads the cc-index table (Parquet, partitioned by `crawl` and `subset`) where it lies. Someone who
-brings archives instead of an index gets one made of them first, so everything after is the same.
+DuckDB reads the cc-index table (Parquet, partitioned by `crawl` and `subset`) where it lies: on a disk, on S3, or
+over HTTPS by file list. Someone who brings archives instead of an index gets one made of them first, so everything
+after is the same.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import duckdb
-import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from kit import resolve
 from kit.data import archive
+from kit.data.questions import (
+    NOT_IN_TABLE,
+    count_query,
+    find_query,
+    reasons_query,
+    select_query,
+    sites_query,
+    text,
+)
+from kit.data.table import (
+    AHEAD_BYTES,
+    Files,
+    Scan,
+    athena_usd,
+    columns_and_values,
+    crawls_beside,
+    table_files,
+)
 from kit.lake import Counts, Lake, LakeError, Manifest
 from kit.params import ExploreIndex, ParamError
 from kit.show import progress
@@ -39,71 +60,54 @@ ENTRY = pa.schema(
         ("content_charset", pa.string()),
         ("content_languages", pa.string()),
         ("subset", pa.string()),
+        ("url_host_tld", pa.string()),
     ]
 )
-SELECTED = [name for name in ENTRY.names if name != "subset"]
-COUNTABLE = (
-    "content_languages",
-    "url_host_registered_domain",
-    "content_mime_detected",
-    "fetch_status",
-    "subset",
-)
-"""Columns that `Index.count_by` takes."""
 
 
 class Index:
-    """An opened index: a DuckDB view `ccindex`, and the damage found while making it, if it was made here."""
+    """An opened index: a DuckDB view `ccindex`, what each query cost, and the damage found if it was made here."""
 
     def __init__(self, p: ExploreIndex) -> None:
-        """Open the table of `p.crawl`, or index `p.archive_paths`; raises `ParamError`, `ArchiveError`."""
+        """Open the table of `p.crawl`, or index `p.archive_paths`; raises `ParamError`, `ArchiveError`, `FetchError`."""
         self.p = p
         self.damage: list[archive.Damage] = []
+        self.scans: list[Scan] = []
+        """What each query was to read and did read, in order."""
+        self.files: Files | None = None
         self.con = duckdb.connect()
         self.con.execute("SET enable_progress_bar = false")
         if p.archive_paths:
-            self.base, self.files = _common_base(archive.list_archives(p.archive_paths))
-            self.con.register("ccindex", self._scan())
+            self.base, paths = _common_base(archive.list_archives(p.archive_paths))
+            self.sources = p.archive_paths
+            self.con.register("scanned", self._scan(paths))
+            self.con.execute(f"CREATE VIEW ccindex AS SELECT *, {text(p.crawl)} AS crawl FROM scanned")
         else:
             self.base = p.archive_base
             self._open_table()
 
     def _open_table(self) -> None:
-        root = f"{resolve(self.p.index_path)}/crawl={self.p.crawl}"
-        fs, path = fsspec.core.url_to_fs(root)
-        self.files = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
-        if not self.files:
-            crawls = sorted(
-                {
-                    f.split("crawl=")[1].split("/")[0]
-                    for f in fs.find(path.rpartition("/")[0])
-                    if "crawl=" in f
-                }
-            )
-            raise ParamError(
-                f"no index of crawl '{self.p.crawl}' under '{self.p.index_path}'"
-                + (f"; there are {', '.join(crawls)}" if crawls else "")
-            )
-        if "://" in root:
-            self.con.register_filesystem(fs)
-            self.files = [fs.unstrip_protocol(f) for f in self.files]
-        self.con.read_parquet(self.files, hive_partitioning=True, union_by_name=True).create_view("raw")
-        have = set(self.con.table("raw").columns)
-        # columns came over the years (languages in 2018, truncation in 2019): absent ones read as NULL
-        columns = [
-            name if name in have else f"NULL::VARCHAR AS {name}"
-            for name in ENTRY.names
-            if name not in ("wrapping", "record_type")
-        ]
+        fs, paths, self.sources = table_files(self.p)
+        self.files = Files(fs, paths)
+        self.con.register_filesystem(self.files)
+        # page by page, the footers from memory; how columns are read is decided for each query
+        self.con.execute("SET disable_parquet_prefetching = true; SET parquet_metadata_cache = true")
+        # not con.read_parquet: it keeps Python's lock while DuckDB's threads wait for it to read through fsspec
         self.con.execute(
-            f"CREATE VIEW ccindex AS SELECT {', '.join(columns)}, 'member' AS wrapping, 'response' AS record_type FROM raw"
+            f"CREATE VIEW raw AS FROM read_parquet([{', '.join(map(text, self.files.paths))}], "
+            "hive_partitioning = true, hive_types_autocast = false, union_by_name = true)"
         )
+        # columns came over the years (languages in 2018, truncation in 2019): absent ones read as NULL
+        have = {*self.con.table("raw").columns, *NOT_IN_TABLE}
+        columns = "".join(f", NULL::VARCHAR AS {name}" for name in ENTRY.names if name not in have)
+        columns += "" if "crawl" in have else f", {text(self.p.crawl)} AS crawl"
+        self.con.execute(f"CREATE VIEW ccindex AS SELECT *{columns} FROM raw")
 
-    def _scan(self) -> pa.Table:
+    def _scan(self, paths: list[str]) -> pa.Table:
         """Index the archives themselves; what cannot be read lands in `damage`."""
         rows: list[dict[str, Any]] = []
-        with progress(len(self.files), "indexing", "archives") as bar:
-            for path in self.files:
+        with progress(len(paths), "indexing", "archives") as bar:
+            for path in paths:
                 for found in archive.scan(path, _identity(path, self.base)):
                     if isinstance(found, archive.Damage):
                         self.damage.append(found)
@@ -112,50 +116,98 @@ class Index:
                 bar.update()
         return pa.Table.from_pylist(rows, schema=ENTRY)
 
-    def sql(self, query: str, **values: Any) -> list[dict[str, Any]]:
-        """Rows of any SELECT over `ccindex`; `$name` in the query takes a value."""
-        return self.con.execute(query, values or None).to_arrow_table().to_pylist()
+    @property
+    def rows(self) -> int:
+        """Rows of the whole index; of a table, the footers know without reading a row."""
+        return self.files.rows if self.files else self.con.table("ccindex").shape[0]
+
+    @functools.cached_property
+    def crawls(self) -> list[str]:
+        """Crawls beside this one; over HTTPS, where nothing can be listed, only this one."""
+        return crawls_beside(self.p) or [self.p.crawl]
+
+    @functools.cache  # noqa: B019  an index lives as long as its notebook
+    def at(self, crawl: str) -> Index:
+        """The index of another crawl of the same table, opened once."""
+        return self if crawl == self.p.crawl else Index(self.p.model_copy(update={"crawl": crawl}))
+
+    def estimate(self, query: str, title: str = "", **values: Any) -> Scan:
+        """What `query` will read: the columns it uses, in the row groups whose smallest and largest values fit."""
+        explained = self.con.execute(f"EXPLAIN (FORMAT json) {query}", values or None).fetchall()[0][1]
+        planned, groups, of = self.files.plan(*columns_and_values(explained)) if self.files else (0, 0, 0)
+        return Scan(
+            title or " ".join(query.split())[:80],
+            groups,
+            of,
+            planned,
+            athena_usd(planned, self.p.athena_usd_per_tb),
+        )
+
+    def table(self, query: str, title: str = "", **values: Any) -> pa.Table:
+        """The answer to any SELECT over `ccindex`, its cost in `scans`; `$name` in the query takes a value."""
+        scan = self.estimate(query, title, **values)
+        if scan.planned_bytes > self.p.max_scan_gb * 1e9:
+            raise ParamError(
+                f"'{scan.query}' would read {scan.planned_bytes / 1e9:,.3g} GB of the index, and max_scan_gb allows "
+                f"{self.p.max_scan_gb:g}: name domains, or some index_files as a sample, or allow more"
+            )
+        files, started = self.files, time.perf_counter()
+        before = (files.bytes, files.requests) if files else (0, 0)
+        # few row groups: page by page, most are skipped; many: whole column chunks, for that is fewer requests
+        narrow = scan.row_groups * 4 <= scan.row_groups_in_all
+        self.con.execute(f"SET disable_parquet_prefetching = {str(narrow).lower()}")
+        if files:
+            files.ahead_bytes, files.error = AHEAD_BYTES if narrow else 0, None
+        try:
+            found = self.con.execute(query, values or None).to_arrow_table()
+        except duckdb.Error:
+            if files and files.error:
+                raise files.error from None
+            raise
+        after = (files.bytes, files.requests) if files else (0, 0)
+        self.scans.append(
+            replace(
+                scan,
+                read_bytes=after[0] - before[0],
+                requests=after[1] - before[1],
+                seconds=time.perf_counter() - started,
+            )
+        )
+        return found
+
+    def sql(self, query: str, title: str = "", **values: Any) -> list[dict[str, Any]]:
+        """The same as rows."""
+        return self.table(query, title, **values).to_pylist()
 
     def count_by(self, column: str, limit: int = 20) -> list[dict[str, Any]]:
         """Pages and compressed MB by one of `COUNTABLE`, largest first."""
-        if column not in COUNTABLE:
-            raise ParamError(f"cannot count by '{column}', only by {', '.join(COUNTABLE)}")
-        return self.sql(
-            f"""SELECT coalesce({column}::VARCHAR, '(none)') AS "{column}", count(*) AS pages,
-                       count(DISTINCT url_host_name) AS hosts, round(sum(warc_record_length) / 1e6, 2) AS mb
-                FROM ccindex GROUP BY 1 ORDER BY pages DESC, 1 LIMIT {int(limit)}"""
+        return self.sql(count_query(self.p.crawl, column, limit), f"count by {column}")
+
+    def find(self, site: str, limit: int = 0) -> list[dict[str, Any]]:
+        """Pages of a registered domain, a host, or below a URL; 0 = all."""
+        return self.sql(find_query(self.p.crawl, site, limit), f"find {site}")
+
+    def sites(self, language: str, limit: int = 20) -> list[dict[str, Any]]:
+        """The sites with most pages in a language, by the first of each page's."""
+        return self.sql(sites_query(self.p.crawl, language, limit), f"sites in {language}")
+
+    def reasons(self) -> Counter[str]:
+        """How many records are `kept`, and dropped for each reason; together all rows of the index.
+
+        With `domains`, rows of other domains are not read: what the footers count beyond those that fit is `domain`.
+        """
+        found = Counter(
+            {r["reason"] or "kept": r["records"] for r in self.sql(reasons_query(self.p), "reasons")}
         )
+        found["domain"] = self.rows - found.total()
+        if self.p.max_pages:
+            found["over max_pages"] = max(0, found["kept"] - self.p.max_pages)
+            found["kept"] -= found["over max_pages"]
+        return +found
 
     def select(self) -> pa.Table:
-        """Every record of the index with `dropped`: NULL if selected, else the first reason that fits."""
-        p = self.p
-        return self.con.execute(
-            f"""WITH judged AS (
-                  SELECT *, CASE
-                    WHEN record_type NOT IN {archive.PAGE_RECORDS} THEN 'record type ' || record_type
-                    WHEN fetch_status BETWEEN 300 AND 399 THEN 'redirect'
-                    WHEN fetch_status IS DISTINCT FROM 200 THEN 'status ' || coalesce(fetch_status::VARCHAR, 'none')
-                    WHEN subset = 'robotstxt' THEN 'robots.txt'
-                    WHEN NOT coalesce(list_contains($mimes, content_mime_detected), false) THEN 'MIME type'
-                    WHEN len($domains) > 0 AND NOT coalesce(list_contains($domains, url_host_registered_domain), false)
-                      THEN 'domain'
-                    WHEN len($languages) > 0
-                      AND NOT list_has_any($languages, string_split(coalesce(content_languages, ''), ','))
-                      THEN 'index language'
-                    WHEN warc_record_length > $max_bytes THEN 'record too long'
-                  END AS reason FROM ccindex)
-                SELECT {", ".join(SELECTED)}, CASE WHEN reason IS NULL AND $max_pages > 0 AND
-                    row_number() OVER (PARTITION BY reason IS NULL ORDER BY warc_filename, warc_record_offset)
-                    > $max_pages THEN 'over max_pages' ELSE reason END AS dropped
-                FROM judged ORDER BY warc_filename, warc_record_offset""",
-            {
-                "mimes": p.mimes,
-                "domains": p.domains,
-                "languages": p.languages,
-                "max_bytes": int(p.max_record_mb * 1e6),
-                "max_pages": p.max_pages,
-            },
-        ).to_arrow_table()
+        """The selected records, in the order in which archives are read."""
+        return self.table(select_query(self.p), "select")
 
 
 def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
@@ -166,31 +218,34 @@ def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
     """
     with lake.stage(p) as out:
         index = Index(p)
-        for path in p.archive_paths or [f"{p.index_path.rstrip('/')}/crawl={p.crawl}"]:
-            out.read_outside(path)
-        judged = index.select()
-        reasons = Counter(r for r in judged["dropped"].to_pylist() if r)
-        selected = judged.filter(pa.compute.is_null(judged["dropped"])).drop_columns(["dropped"])
+        for source in index.sources:
+            out.read_outside(source)
+        reasons = index.reasons()
         failed = Counter(f"archive: {d.reason}" for d in index.damage)
         counts = Counts(
-            records_in=judged.num_rows + len(index.damage),
-            records_out=selected.num_rows,
+            records_in=index.rows + len(index.damage),
+            records_out=reasons.pop("kept", 0),
             dropped=dict(sorted(reasons.items())),
             failed=dict(sorted(failed.items())),
         )
-        if selected.num_rows == 0:
+        if counts.records_out == 0:
             raise LakeError(
                 f"{p.stage}: no page selected out of {counts.records_in} records: {dict(reasons + failed)}"
             )
+        selected = index.select()
         out.table("part-00000", selected)
         names = sorted(set(selected["warc_filename"].to_pylist()))
         out.bytes("archives.txt", "".join(f"{n}\n" for n in names).encode(), rows=len(names))
         if index.damage:
             out.table("damage", pa.Table.from_pylist([vars(d) for d in index.damage]))
-        bytes_selected = pa.compute.sum(selected["warc_record_length"]).as_py()
-        return out.commit(
-            counts, {"archive_base": index.base, "archives": len(names), "selected_bytes": bytes_selected}
-        )
+        metrics = {
+            "archive_base": index.base,
+            "archives": len(names),
+            "selected_bytes": pc.sum(selected["warc_record_length"]).as_py(),
+            "index_bytes": index.files.table_bytes if index.files else 0,
+            "index_bytes_read": index.files.bytes if index.files else 0,
+        }
+        return out.commit(counts, metrics)
 
 
 def _row(entry: archive.Entry) -> dict[str, Any]:
@@ -198,8 +253,13 @@ def _row(entry: archive.Entry) -> dict[str, Any]:
         host = urlsplit(entry.url).hostname or ""
     except ValueError:  # a URL such as http://[broken
         host = ""
-    domain = ".".join(host.split(".")[-2:])
-    return vars(entry) | {"url_host_name": host, "url_host_registered_domain": domain, "subset": "warc"}
+    labels = host.split(".")
+    more = {
+        "url_host_name": host,
+        "url_host_registered_domain": ".".join(labels[-2:]),
+        "url_host_tld": labels[-1],
+    }
+    return vars(entry) | more | {"subset": "warc"}
 
 
 def _common_base(files: list[str]) -> tuple[str, list[str]]:
