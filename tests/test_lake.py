@@ -236,6 +236,7 @@ def s3(tmp_path_factory):
     ):
         for name, value in keys.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another module's server
         fs = fsspec.filesystem("s3", skip_instance_cache=True)
         for _ in range(60):
             try:

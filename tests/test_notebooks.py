@@ -42,7 +42,9 @@ def test_parameters_cell_repeats_the_defaults(notebook):
 def test_cells_are_thin_and_define_nothing(notebook):
     for source, cell in code(notebook):
         assert "parameters" in cell["metadata"].get("tags", []) or source.count("\n") < 16
-        assert not re.search(r"^\s*(def|class) |pip install|^!", source, re.MULTILINE)
+        # 21 is about a function that a person writes: into a file of its own
+        if not source.startswith("%%writefile jobs/my_"):
+            assert not re.search(r"^\s*(def|class) |pip install|^!", source, re.MULTILINE)
 
 
 def test_metadata_is_clean(notebook):

@@ -1,64 +1,68 @@
-"""Web archives: WARC, WAT, WET and ARC, plain or gzipped, scanned whole or read by (offset, length).
+"""Web archives: where records begin and end in WARC, WAT, WET and ARC files, plain, gzip or zstd.
 
-Damage is never silent: a scan reports it by file, offset and reason and goes on at the next gzip member or
-record head; a single record that cannot be read raises `RecordError` with a named reason.
+    for found in archive.records("s3://…/CC-MAIN-….warc.gz"):
+        print(found if isinstance(found, archive.Damage) else found.url)
 
-Framing (where records begin and end) is done here, because the libraries stop at the first damage and lose
-the rest of the file. Content encodings are undone here too: warcio hands on what it cannot unpack.
+One pass from front to back, over a disk, HTTPS or S3. Framing is done here, because the libraries stop at the
+first damage, some without a word: here reading goes on at the next gzip member or record head, and every byte
+of a file is in a record, in a `Damage`, or padding. What a record says is `kit.data.record`'s business.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import re
 import tempfile
-import zlib
+from base64 import b32encode
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import BinaryIO
 
-import brotli
 import fsspec
-from warcio.bufferedreaders import ChunkedDataReader
 
 from kit import KitError, resolve
+from kit.data import polite  # noqa: F401 (makes https:// polite)
+from kit.data.record import (
+    HEAD_BYTES,
+    PAGE_RECORDS,
+    START,
+    Head,
+    Page,
+    Record,
+    RecordError,
+    find_head,
+    parse_page,
+)
+from kit.data.unpack import GZIP, Break, Piece, pieces, zlib
 
-GZIP = b"\x1f\x8b\x08"
-SUFFIX = re.compile(r"\.(warc|wat|wet|arc)(\.(warc|wat|wet|txt))*(\.gz)?(\.open)?$", re.IGNORECASE)
-HEAD_START = re.compile(rb"WARC/\d|[a-z][\w+.-]*:\S* (?:\S+ ){2,8}\d{1,18}\r?\n", re.IGNORECASE)
-NEXT_HEAD = re.compile(rb"\n(?=WARC/\d|[a-z][\w+.-]*:\S* [\d.]+ \d{14} \S+ \d{1,18}\r?\n)", re.IGNORECASE)
-HEAD_END = re.compile(rb"\r?\n\r?\n")
-BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-ZLIB_BITS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
-"""Window bits to try for each content encoding that zlib knows; servers send `deflate` with and without a head."""
-HEAD_BYTES = 1 << 16
-IN_MEMORY_BYTES = 64 << 20
-PAGE_RECORDS = ("response", "conversion", "resource")
-"""Record types that can hold a page; the rest of an archive (request, metadata, …) is about them."""
+__all__ = [
+    "PAGE_RECORDS", "ArchiveError", "Damage", "Entry", "Page", "Record", "RecordError",
+    "list_archives", "parse_page", "read_bytes", "records", "scan", "unpacked",
+]  # fmt: skip
+
+SUFFIX = re.compile(r"\.(warc|wat|wet|arc)(\.(warc|wat|wet|txt))*(\.gz|\.zst)?(\.open)?$", re.IGNORECASE)
+NEXT_HEAD = re.compile(
+    rb"\n(?=WARC/\d|[a-z][\w+.-]{0,20}:\S* [\d.]+ \d{14} \S+ \d{1,18}\r?\n)", re.IGNORECASE
+)
+OVERLAP = 1 << 12
+BLANK = re.compile(rb"[\r\n]*")
+BLANK_LINES = re.compile(rb"\r{0,2}\n\r{0,2}\n")
+READ_AHEAD = 8 << 20
+"""Bytes asked for at a time where each question costs: over HTTPS and from S3."""
+KEEP = 64 << 20
+"""Bytes of a record that are kept at most; of longer ones the start is, and the digest of the whole."""
+MUTE = {"gzip member corrupt", "not gzip"}
 
 
 class ArchiveError(KitError):
     """An archive that cannot be opened at all."""
 
 
-class RecordError(Exception):
-    """One record that cannot be read; `reason` is the name it is counted under."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
 @dataclass(frozen=True)
 class Entry:
-    """One record as an index row sees it; offset and length in bytes of the file.
-
-    `wrapping`: `member` (a gzip member of its own), `none` (plain), or `stream` (several records in one gzip
-    member: offset and length count decompressed bytes, so reading one means unpacking the file).
-    """
+    """One record as an index row sees it; offset, length and wrapping as in `Record`."""
 
     warc_filename: str
     warc_record_offset: int
@@ -75,36 +79,18 @@ class Entry:
 
 @dataclass(frozen=True)
 class Damage:
-    """Where reading broke off; bytes from `offset` up to the next record are not read."""
+    """A stretch of an archive that was not read, or that is a record which is not whole (that is given, too).
+
+    `wrapping` says what `offset` and `length` count, as in `Record`: bytes of the file, or unpacked ones for
+    `stream`. A broken gzip member is told from its start on if it gave no whole record, else from where it broke
+    (with length 0 where the file just ends too early).
+    """
 
     warc_filename: str
     offset: int
+    length: int
+    wrapping: str
     reason: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """A record's page: HTTP body decoded, with what its heads say about it."""
-
-    url: str
-    record_type: str
-    status: int
-    mime: str
-    charset: str | None
-    fetch_time: datetime | None
-    payload: bytes
-    digests: tuple[str, str]
-    """SHA-1 of the HTTP body as stored (an index's digest) and of the record's block (a scan's)."""
-    truncated: str | None
-
-
-@dataclass(frozen=True)
-class _Frame:
-    start: int
-    end: int
-    head: dict[str, str]
-    body: int
-    """Where the block after the record's head begins."""
 
 
 def list_archives(paths: list[str]) -> list[str]:
@@ -124,259 +110,43 @@ def list_archives(paths: list[str]) -> list[str]:
     return sorted(set(found))
 
 
-def scan(path: str, name: str) -> Iterator[Entry | Damage]:
-    """Every record of one archive in file order, and every place where reading broke off.
+def records(path: str, name: str = "") -> Iterator[Record | Damage]:
+    """Every record of one archive in file order, and every stretch that could not be read; raises `ArchiveError`.
 
-    `name` becomes the file's identity in the index (`warc_filename`). An empty file yields one `Damage`.
+    `name` becomes the file's identity (`warc_filename`), by default the last part of `path`. A file that holds no
+    record is one `Damage`. What breaks while reading, such as a connection, is no damage of the archive and raised.
     """
-    with fsspec.open(resolve(path), "rb") as f:
-        head = f.read(3)
-        size = f.seek(0, io.SEEK_END)
+    name = name or path.rpartition("/")[2]
+    try:
+        fs, root = fsspec.core.url_to_fs(resolve(path))
+        f = fs.open(root, "rb", block_size=READ_AHEAD)
+    except OSError as error:
+        raise ArchiveError(f"archive '{path}' cannot be opened: {error.strerror or error}") from None
+    with f:
+        framer = _Framer(name, *pieces(f))
         found = None
-        for found in _scan_gzip(f, size, name) if head == GZIP else _scan_plain(f, size, name):
+        for found in _merged(framer):
             yield found
         if found is None:
-            yield Damage(name, 0, "no record in file" if head else "empty file")
+            yield Damage(name, 0, framer.at, "none", "no record in file" if framer.at else "empty file")
 
 
-def _scan_plain(f: BinaryIO, size: int, name: str) -> Iterator[Entry | Damage]:
-    for found in _frames(f, size):
-        yield (
-            replace(found, warc_filename=name)
-            if isinstance(found, Damage)
-            else _entry(f, found, name, "none")
-        )
-
-
-def _scan_gzip(f: BinaryIO, size: int, name: str) -> Iterator[Entry | Damage]:
-    position, unpacked = 0, 0
-    while position < size:
-        with tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES) as member:
-            length, problem = _unpack_member(f, position, member)
-            inside = member.tell()
-            found = list(_frames(member, inside))
-            alone = sum(isinstance(x, _Frame) for x in found) == 1
-            for item in found:
-                if isinstance(item, Damage):
-                    # the zlib error below is the cause of a record cut short; telling it once is enough
-                    if problem is None:
-                        yield Damage(name, position, item.reason)
-                    continue
-                entry = _entry(member, item, name, "member" if alone else "stream")
-                if alone:
-                    yield replace(entry, warc_record_offset=position, warc_record_length=length)
-                else:
-                    yield replace(entry, warc_record_offset=unpacked + item.start)
-            unpacked += inside
-        if problem:
-            yield Damage(name, position, problem)
-            length = _find(f, position + 1, size, GZIP) - position
-        position += length
-
-
-def _unpack_member(f: BinaryIO, start: int, out: BinaryIO) -> tuple[int, str | None]:
-    """Decompress the gzip member at `start` into `out`; returns its compressed length and what went wrong."""
-    f.seek(start)
-    unzip, read = zlib.decompressobj(31), 0
-    try:
-        while not unzip.eof:
-            block = f.read(1 << 16)
-            if not block:
-                return read, "gzip member cut short"
-            read += len(block)
-            out.write(unzip.decompress(block))
-    except zlib.error as error:
-        return read, "not gzip" if "header" in str(error) else "gzip member corrupt"
-    return read - len(unzip.unused_data), None
-
-
-def _frames(f: BinaryIO, size: int) -> Iterator[_Frame | Damage]:
-    """Records of plain bytes: head, `Content-Length`, end; resynchronises at the next head after damage."""
-    position = 0
-    while position < size:
-        f.seek(position)
-        window = f.read(HEAD_BYTES)
-        blank = len(window) - len(window.lstrip(b"\r\n"))
-        if blank == len(window):
-            position += blank
-            continue
-        position += blank
-        frame = _frame(window[blank:], position)
-        if isinstance(frame, Damage):
-            yield frame
-            position = _find_head(f, position, size)
-            continue
-        if frame.end > size or not _after(f, frame.end, size):
-            # a wrong Content-Length: the record ends where the next head begins, or the file does
-            found = _find_head(f, frame.body - 1, size)
-            yield Damage("", position, "record cut short" if found == size else "wrong Content-Length")
-            yield replace(frame, end=found)
-            position = found
-            continue
-        yield frame
-        position = frame.end
-
-
-def _frame(window: bytes, position: int) -> _Frame | Damage:
-    """Parse one record's head at the start of `window`."""
-    if not HEAD_START.match(window):
-        return Damage("", position, "no record head")
-    if window[:5].upper() != b"WARC/":
-        line, _, _ = window.partition(b"\n")
-        url, *_, date, mime, length = _arc_fields(line)
-        head = {"warc-type": "response", "warc-target-uri": url, "warc-date": date, "content-type": mime}
-        if url.startswith("filedesc:"):
-            head["warc-type"] = "warcinfo"
-        body = position + len(line) + 1
-        return _Frame(position, body + int(length), head | {"content-length": length, "arc": "1"}, body)
-    end = HEAD_END.search(window)
-    if not end:
-        return Damage("", position, "record head without end")
-    head = _fields(window[: end.start()])
-    length = head.get("content-length", "")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        return Damage("", position, "no valid Content-Length")
-    body = position + end.end()
-    return _Frame(position, body + int(length), head, body)
-
-
-def _fields(head: bytes) -> dict[str, str]:
-    """The fields of a WARC or HTTP head by lower-case name; of a name that comes twice, the first."""
-    try:
-        text = head.decode()
-    except UnicodeDecodeError:
-        text = head.decode("latin-1")
-    found: dict[str, str] = {}
-    for line in re.sub(r"\r?\n[ \t]+", " ", text).split("\n")[1:]:  # folded lines belong to the one before
-        key, colon, value = line.partition(":")
-        if colon:
-            found.setdefault(key.strip().lower(), value.strip())
-    return found
-
-
-def _arc_fields(line: bytes) -> tuple[str, str, str, str]:
-    """URL, date, MIME and length of an ARC head: `URL IP date mime length`, or version 2 with more between."""
-    fields = line.decode("latin-1").strip().split(" ")
-    return fields[0], fields[2], fields[3], fields[-1]
-
-
-def _after(f: BinaryIO, end: int, size: int) -> bool:
-    """Whether a record that ends at `end` does end there: the two line ends, another head or nothing follow."""
-    if end >= size:
-        return True
-    f.seek(end)
-    tail = f.read(HEAD_BYTES)
-    rest = tail.lstrip(b"\r\n")
-    return not rest or bool(HEAD_END.match(tail) or HEAD_START.match(rest))
-
-
-def _find_head(f: BinaryIO, start: int, size: int) -> int:
-    """Position of the next record head after `start`, or `size`."""
-    return _search(f, start, size, NEXT_HEAD)
-
-
-def _find(f: BinaryIO, start: int, size: int, needle: bytes) -> int:
-    """Position of the next `needle` at or after `start`, or `size`."""
-    return _search(f, start, size, re.compile(re.escape(needle)))
-
-
-def _search(f: BinaryIO, start: int, size: int, pattern: re.Pattern[bytes]) -> int:
-    overlap = 256
-    position = start
-    while position < size:
-        f.seek(position)
-        block = f.read(HEAD_BYTES)
-        found = pattern.search(block)
-        if found:
-            return position + found.end() if pattern is NEXT_HEAD else position + found.start()
-        position += max(len(block) - overlap, 1) if len(block) > overlap else overlap
-    return size
-
-
-def _entry(f: BinaryIO, frame: _Frame, name: str, wrapping: str) -> Entry:
-    """Index row of one record; its digest is that of the whole block, for want of the crawler's own."""
-    end = min(frame.end, frame.body + int(frame.head["content-length"]))
-    f.seek(frame.body)
-    start = f.read(min(end - frame.body, HEAD_BYTES))
-    status, mime, body = _content(frame.head, start)[:3]
-    record_type = _record_type(frame.head)
-    mime = frame.head.get("warc-identified-payload-type") or mime
-    return Entry(
-        warc_filename=name,
-        warc_record_offset=frame.start,
-        warc_record_length=frame.end - frame.start,
-        wrapping=wrapping,
-        record_type=record_type,
-        url=_url(frame.head),
-        fetch_time=parse_time(frame.head.get("warc-date")),
-        fetch_status=status,
-        content_mime_detected=_sniffed(mime, body),
-        content_digest=_sha1_of(f, frame.body, end),
-        content_truncated=frame.head.get("warc-truncated"),
-    )
-
-
-def _record_type(head: dict[str, str]) -> str:
-    return head.get("warc-type", "unknown").lower()
-
-
-def _url(head: dict[str, str]) -> str:
-    return head.get("warc-target-uri", "").strip("<>")
-
-
-def _content(head: dict[str, str], block: bytes) -> tuple[int | None, str, bytes, dict[str, str]]:
-    """Status, content type, body (still chunked or encoded) and HTTP fields of a record's block."""
-    record_type = _record_type(head)
-    if head.get("arc"):
-        is_http = head["warc-target-uri"].startswith("http")
-    else:
-        is_http = record_type == "response" and "gemini" not in head.get("content-type", "")
-    status = 200 if record_type in PAGE_RECORDS else None
-    if not is_http:
-        return status, head.get("content-type", ""), block, {}
-    if not block.startswith(b"HTTP/"):
-        return status, "", block, {}
-    end = HEAD_END.search(block)
-    lines, body = (block[: end.start()], block[end.end() :]) if end else (block, b"")
-    told = re.search(rb"\s(\d{3})\b", lines.partition(b"\n")[0])
-    fields = _fields(lines)
-    return int(told[1]) if told else status, fields.get("content-type", ""), body, fields
-
-
-def _sniffed(content_type: str, body: bytes) -> str:
-    """MIME type; content wins over a head that claims nothing or something vague (a tenth of real pages does)."""
-    mime = content_type.split(";")[0].strip().lower()
-    if mime in ("", "application/octet-stream", "text/plain", "unk", "no-type", "application/http"):
-        start = body[:1024].lower()
-        if b"<html" in start or b"<!doctype html" in start:
-            return "text/html"
-    return mime
-
-
-def _sha1_of(f: BinaryIO, start: int, end: int) -> str:
-    """`sha1` of a stretch of a file, read piece by piece."""
-    f.seek(start)
-    digest = hashlib.sha1()
-    while start < end and (block := f.read(min(end - start, 1 << 20))):
-        digest.update(block)
-        start += len(block)
-    return base64.b32encode(digest.digest()).decode()
-
-
-def sha1(data: bytes) -> str:
-    """SHA-1 in base 32, as WARC digests and the index write it."""
-    return base64.b32encode(hashlib.sha1(data).digest()).decode()
-
-
-def parse_time(text: str | None) -> datetime | None:
-    """WARC-Date (ISO 8601) or ARC date (14 digits) as naive UTC, or None."""
-    if not text:
-        return None
-    digits = re.sub(r"\D", "", text.split(".")[0])[:14]
-    try:
-        return datetime.strptime(digits.ljust(14, "0"), "%Y%m%d%H%M%S")
-    except ValueError:
-        return None
+def scan(path: str, name: str) -> Iterator[Entry | Damage]:
+    """`records` as index rows; the digest is that of the whole block, for want of the crawler's own."""
+    for r in records(path, name):
+        yield r if isinstance(r, Damage) else Entry(
+            warc_filename=name,
+            warc_record_offset=r.offset,
+            warc_record_length=r.length,
+            wrapping=r.wrapping,
+            record_type=r.type,
+            url=r.url,
+            fetch_time=r.time,
+            fetch_status=r.status,
+            content_mime_detected=r.mime,
+            content_digest=r.digest,
+            content_truncated=r.head.get("warc-truncated"),
+        )  # fmt: skip
 
 
 def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: int) -> bytes:
@@ -394,8 +164,8 @@ def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: 
         unzip = zlib.decompressobj(31)
         try:
             plain = unzip.decompress(data, max_bytes)
-        except zlib.error as error:
-            raise RecordError("no gzip member here" if "header" in str(error) else "gzip corrupt") from None
+        except zlib.error:
+            raise RecordError("gzip corrupt" if data[:3] == GZIP else "no gzip member here") from None
         if not unzip.eof:
             raise RecordError("record too large" if len(plain) >= max_bytes else "gzip cut short")
         return plain
@@ -403,72 +173,253 @@ def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: 
 
 
 def unpacked(f: BinaryIO) -> BinaryIO:
-    """The whole file decompressed into a temporary one, as far as it goes, for `stream` wrapping."""
-    size = f.seek(0, io.SEEK_END)
-    out, position = tempfile.TemporaryFile(), 0  # noqa: SIM115 (the caller closes it)
-    while position < size:
-        length, problem = _unpack_member(f, position, out)
-        position = _find(f, position + 1, size, GZIP) if problem else position + length
+    """The whole file unpacked into a temporary one, as far as it goes, for `stream` wrapping."""
+    out = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    for piece in pieces(f)[0]:
+        out.write(piece.data)
     return out
 
 
-def parse_page(raw: bytes, max_bytes: int) -> Page:
-    """The page in one record's plain bytes; raises `RecordError` with the reason to count.
+def _merged(found: Iterator[Record | Damage]) -> Iterator[Record | Damage]:
+    """The same with neighbouring stretches of one kind of damage told as one."""
+    held: Damage | None = None
+    for item in found:
+        if held and isinstance(item, Damage):
+            same = held.reason == item.reason or {held.reason, item.reason} <= MUTE
+            if same and (held.wrapping, held.offset + held.length) == (item.wrapping, item.offset):
+                held = replace(held, length=held.length + item.length)
+                continue
+        if held:
+            yield held
+        held = item if isinstance(item, Damage) else None
+        if not held:
+            yield item
+    if held:
+        yield held
 
-    HTTP chunks and content encodings are undone, up to `max_bytes` of page.
+
+@dataclass
+class _Member:
+    """A gzip member: where it lies among the unpacked bytes and in the file, and how many whole records it gave."""
+
+    at: int
+    start: int
+    end_at: int | None = None
+    end: int | None = None
+    whole: int = 0
+
+
+class _Framer:
+    """Records out of pieces: head, `Content-Length`, end.
+
+    `buf` is a window on the unpacked bytes that begins at their `at`-th; `stop`, once set, is why nothing comes
+    behind it: the end, or a break, in the member `failed` or between two. `members` are those in the window.
     """
-    frame = _frame(raw[:HEAD_BYTES], 0)
-    if isinstance(frame, Damage):
-        raise RecordError(frame.reason)
-    block = raw[frame.body : frame.end]
-    status, content_type, body, fields = _content(frame.head, block)
-    payload, cut = _decoded(body, fields, max_bytes)
-    charset = re.search(r"charset\s*=\s*[\"']?([\w.:-]+)", content_type, re.IGNORECASE)
-    return Page(
-        url=_url(frame.head),
-        record_type=_record_type(frame.head),
-        status=status or 0,
-        mime=_sniffed(content_type, payload),
-        charset=charset[1] if charset else None,
-        fetch_time=parse_time(frame.head.get("warc-date")),
-        payload=payload,
-        digests=(sha1(body), sha1(block)),
-        truncated=frame.head.get("warc-truncated") or ("encoding cut short" if cut else None),
-    )
 
+    def __init__(self, name: str, source: Iterator[Piece], most: float, packed: bool) -> None:
+        self.name, self.source, self.most, self.packed = name, source, most, packed
+        self.buf, self.at = bytearray(), 0
+        self.members: deque[_Member] = deque()
+        self.stop: Break | str | None = None
+        self.failed: _Member | None = None
 
-def _decoded(body: bytes, fields: dict[str, str], max_bytes: int) -> tuple[bytes, bool]:
-    """An HTTP body without chunks and content encodings, and whether an encoding broke off; raises `RecordError`."""
-    cut = False
-    if "chunked" in fields.get("transfer-encoding", "").lower():
-        body = ChunkedDataReader(io.BytesIO(body)).read()
-    for coding in reversed(re.findall(r"[\w-]+", fields.get("content-encoding", "").lower())):
-        body, broke_off = _unpack(body, coding, max_bytes + 1)
-        cut = cut or broke_off
-    if len(body) > max_bytes:
-        raise RecordError("page too large")
-    return body, cut
+    def __iter__(self) -> Iterator[Record | Damage]:
+        while True:
+            if self.buf:
+                yield from self._next()
+            elif isinstance(self.stop, Break):
+                yield self._cross(self.stop)
+            elif self.stop or (piece := next(self.source, None)) is None:
+                return
+            elif record := self._alone(piece):
+                self.at += len(piece.data)
+                yield record
+            else:
+                self._push(piece)
+            self._skip_blank()
 
+    def _alone(self, piece: Piece) -> Record | None:
+        """The record that is a gzip member of its own, as nearly all are; anything else goes through the window."""
+        data = piece.data
+        if piece.start is None or piece.end is None or piece.broken:
+            return None
+        head = find_head(data)
+        if isinstance(head, str) or head.length is None:
+            return None
+        end = head.size + head.length
+        if end > len(data) or data[end:].strip(b"\r\n"):
+            return None
+        place = piece.start, piece.end - piece.start, "member"
+        return Record(head, data[head.size : end], self.name, *place)
 
-def _unpack(body: bytes, coding: str, max_bytes: int) -> tuple[bytes, bool]:
-    """Undo one content encoding as far as it goes and `max_bytes` allow: `(bytes, broke off)`; raises `RecordError`.
+    def _push(self, piece: Piece) -> None:
+        if piece.start is not None:
+            self.members.append(_Member(self.at + len(self.buf), piece.start))
+        self.buf += piece.data
+        member = None
+        if piece.end is not None:
+            member = self.members[-1]
+            member.end_at, member.end = self.at + len(self.buf), piece.end
+        self.stop, self.failed = piece.broken, member if piece.broken else None
 
-    Many crawlers store a page unpacked and leave its head as it was, so what looks like text is passed on.
-    """
-    for bits in ZLIB_BITS.get(coding, ()):
-        try:
-            unzip = zlib.decompressobj(bits)
-            plain = unzip.decompress(body, max_bytes)
-            return plain, not unzip.eof
-        except zlib.error:
-            pass
-    if coding == "br":
-        try:
-            unpack = brotli.Decompressor()
-            plain = unpack.process(body, output_buffer_limit=max_bytes)
-            return plain, not unpack.is_finished()
-        except brotli.error:
-            pass
-    if BINARY.search(body[:1024]):
-        raise RecordError(f"content encoding {coding}")
-    return body, False
+    def _fill(self, size: int) -> bool:
+        """Whether the window holds `size` bytes, as far as they come before a break or the end."""
+        while len(self.buf) < size and not self.stop:
+            piece = next(self.source, None)
+            if piece:
+                self._push(piece)
+            else:
+                self.stop = "end"
+        return len(self.buf) >= size
+
+    def _drop(self, size: int) -> None:
+        del self.buf[:size]
+        self.at += size
+        while self.members and (end := self.members[0].end_at) is not None and end <= self.at:
+            self.members.popleft()
+
+    def _skip_blank(self) -> None:
+        if blank := BLANK.match(self.buf).end():
+            if self.members and self.members[0].at == self.at:
+                self.members[0].at += blank  # so that a record behind blank lines still begins its member
+            self._drop(blank)
+
+    def _cross(self, broken: Break) -> Damage:
+        """Over a break: what it is told as."""
+        offset = self.failed.start if self.failed and not self.failed.whole else broken.offset
+        self.members.clear()
+        self.stop = self.failed = None
+        return Damage(self.name, offset, broken.end - offset, "member", broken.reason)
+
+    def _next(self) -> Iterator[Record | Damage]:
+        """The record or the damage at the front of the window, where no blank line is."""
+        head, seen = find_head(self.buf), 0
+        while isinstance(head, str) and seen < len(self.buf) < HEAD_BYTES:
+            seen = len(self.buf)
+            self._fill(2 * seen)
+            head = find_head(self.buf)
+        if isinstance(head, str):
+            end = self._next_head(1)
+            raw = bytes(self.buf[: min(end, HEAD_BYTES)])
+            if head == "record head without end" and raw.strip().count(b"\n") and end <= HEAD_BYTES:
+                yield from self._record(Head(raw, end, 0), end, head)
+            else:
+                yield from self._lost(end, head)
+            return
+        end, reason = head.size + (head.length or 0), None
+        if KEEP < end <= self.most - self.at:
+            yield from self._long(head)
+            return
+        if head.length is None:
+            reason = "no valid Content-Length"
+        elif self.at + end > self.most or not self._fill(end):
+            reason = "record cut short"
+        elif not self._ends(end):
+            reason = "wrong Content-Length"
+        if inner := self._member_head(1, min(end, len(self.buf))):
+            end, reason = inner, "record cut short"
+        elif reason:
+            end = self._next_head(head.size)
+            if end < len(self.buf) and reason == "record cut short":
+                reason = "wrong Content-Length"
+        yield from self._record(head, end, reason)
+
+    def _record(self, head: Head, end: int, reason: str | None) -> Iterator[Record | Damage]:
+        """The record that the window holds up to `end`, its damage behind it; the window moves on."""
+        broke = isinstance(self.stop, Break) and BLANK.match(self.buf, end).end() == len(self.buf)
+        if broke and (reason or self.stop.reason == "gzip member corrupt"):
+            reason = self.stop.reason
+        size = head.length if head.length is not None else end
+        with memoryview(self.buf) as window:
+            block = bytes(window[head.size : min(end, head.size + size)])
+        member = self.members[0] if self.members else None
+        place = self._place(member, self.at, end)
+        if member and not reason:
+            member.whole += 1
+        self._drop(end)
+        yield Record(head, block, self.name, *place, damage=reason)
+        if reason and not broke:
+            yield Damage(self.name, *place, reason)
+
+    def _long(self, head: Head) -> Iterator[Record | Damage]:
+        """A record too long to keep: its block is read and let go, up to where a member begins with a head."""
+        self._fill(head.size + HEAD_BYTES)
+        start, block = self.at, bytes(self.buf[head.size : head.size + HEAD_BYTES])
+        member = self.members[0] if self.members else None
+        self._drop(head.size)
+        digest, left, reason = hashlib.sha1(), head.length, None
+        while left and self._fill(1) and self._member_head(0, 1) is None:
+            size = min(left, len(self.buf))
+            size = self._member_head(1, size) or size
+            digest.update(bytes(self.buf[:size]))
+            self._drop(size)
+            left -= size
+        if left:
+            reason = self.stop.reason if isinstance(self.stop, Break) else "record cut short"
+        elif not self._ends(0):
+            reason = "wrong Content-Length"
+        place = self._place(member, start, 0)
+        if member and not reason:
+            member.whole += 1
+        told = b32encode(digest.digest()).decode()
+        yield Record(head, block, self.name, *place, damage=reason, long_digest=told)
+        if reason and not isinstance(self.stop, Break):
+            yield Damage(self.name, *place, reason)
+
+    def _lost(self, end: int, reason: str) -> Iterator[Damage]:
+        """The window up to `end` as damage, unless it is of a broken member that is told from its start on."""
+        failed, at = self.failed, self.at
+        self._drop(end)
+        if not (failed and not failed.whole and failed.at <= at and not self.buf):
+            yield Damage(self.name, at, end, "stream" if self.packed else "none", reason)
+
+    def _place(self, member: _Member | None, start: int, end: int) -> tuple[int, int, str]:
+        """Offset, length and wrapping of the record from `start` up to the window's `end`; it may fill `member`."""
+        if member and member.at == start:
+            blank = BLANK.match(self.buf, end).end()
+            while member.end_at is None and blank == len(self.buf) and self._fill(blank + 1):
+                blank = BLANK.match(self.buf, blank).end()
+            if member.end_at is not None and end <= member.end_at - self.at <= blank:
+                return member.start, member.end - member.start, "member"
+        return start, self.at + end - start, "stream" if self.packed else "none"
+
+    def _ends(self, end: int) -> bool:
+        """Whether a record that should end at `end` does: blank lines, another head or nothing follow."""
+        self._fill(end + 6)
+        if BLANK_LINES.match(self.buf, end):
+            return True
+        self._fill(end + HEAD_BYTES)
+        blank = BLANK.match(self.buf, end).end()
+        return blank == len(self.buf) or bool(START.match(self.buf, blank))
+
+    def _member_head(self, low: int, high: int) -> int | None:
+        """Where in the window, from `low` to before `high`, a member begins with a record head."""
+        for member in self.members:
+            place = member.at - self.at
+            if place >= high:
+                break
+            if place >= low and START.match(self.buf, place):
+                return place
+        return None
+
+    def _next_head(self, begin: int) -> int:
+        """Where in the window the next head is, at `begin` or behind; else how far the window goes."""
+        seen = begin - 1
+        while True:
+            match = NEXT_HEAD.search(self.buf, seen)
+            found = match.end() if match else len(self.buf)
+            for member in reversed(
+                self.members
+            ):  # a window may hold very many: only the new ones are looked at
+                place = member.at - self.at
+                if place < max(begin, seen):
+                    break
+                if place < found and START.match(self.buf, place):
+                    found = place
+            if found < len(self.buf):
+                return found
+            size = len(self.buf)
+            seen = max(size - OVERLAP, seen)
+            self._fill(size + OVERLAP)
+            if size >= KEEP or size == len(self.buf):
+                return len(self.buf)

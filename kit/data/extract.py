@@ -28,7 +28,6 @@ from kit.data import archive, blocks, fetch, guard, quality
 from kit.data import page as pages
 from kit.data.archive import Page, RecordError
 from kit.data.language import detect_language
-
 from kit.data.spark import plan, run_tasks
 from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
 from kit.params import ExtractText
@@ -82,7 +81,6 @@ FAILURE = pa.schema(
     ]
 )
 """A page that became no document; `kind` is `dropped` (nothing wrong with it), `failed`, or `retry` (failed for now)."""
-decode, reviews_of = pages.decode, pages.reviews_of  # TEMPORARY
 PLACE = ("warc_filename", "warc_record_offset", "wrapping")
 DROPPED = ("no text", "prefilter: language", "prefilter: words")
 BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20

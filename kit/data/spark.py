@@ -80,7 +80,12 @@ def _shim(home: Path) -> Path:
 
 
 def session(p: Cores) -> SparkSession:
-    """The process's Spark session on `p.cores` local cores; one on other cores is ended first."""
+    """The process's Spark session on `p.cores` local cores; one on other cores is ended first.
+
+    Under `spark-submit` it is the submitted one, whose master, cores and memory were said there.
+    """
+    if "PYSPARK_GATEWAY_PORT" in os.environ:
+        return SparkSession.builder.config("spark.sql.session.timeZone", "UTC").getOrCreate()
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     os.environ["JAVA_HOME"] = java_home()
     os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
