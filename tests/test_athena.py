@@ -117,12 +117,14 @@ class Fake:
         self.stopped.append(QueryExecutionId)
 
 
-def test_a_query_that_fails_is_an_error_and_one_left_behind_is_stopped() -> None:
+def test_a_query_that_fails_is_an_error_and_one_left_behind_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(athena, "PAUSE_S", 0.01)
     done = Fake("QUEUED", "RUNNING", "SUCCEEDED")
-    assert athena._follow(done, "id", "select", 60, 0)["Status"]["State"] == "SUCCEEDED"
+    assert athena._follow(done, "id", "select")["Status"]["State"] == "SUCCEEDED"
     failed, slow = Fake("RUNNING", "FAILED"), Fake("RUNNING")
     with pytest.raises(athena.AthenaError, match="select failed: table not found"):
-        athena._follow(failed, "id", "select", 60, 0)
+        athena._follow(failed, "id", "select")
+    monkeypatch.setattr(athena, "TIMEOUT_S", 0.05)
     with pytest.raises(athena.AthenaError, match="longer than"):
-        athena._follow(slow, "id", "select", 0.05, 0.01)
+        athena._follow(slow, "id", "select")
     assert (done.stopped, failed.stopped, slow.stopped) == ([], [], ["id"])

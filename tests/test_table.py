@@ -147,7 +147,7 @@ def site_over_http(folder: Path, serve, tmp_path: Path, pages: int) -> tuple[flo
     found = index.find(site)
     assert found and {r["url"].split("/")[2].endswith(site) for r in found} == {True}
     everything = Index(ExploreIndex(index_path=str(folder), crawl=big_index.CRAWL))
-    plain = everything.sql("SELECT url FROM ccindex WHERE ends_with(url_host_name, $s) ORDER BY url", s=site)
+    plain = everything.sql(f"SELECT url FROM ccindex WHERE ends_with(url_host_name, '{site}') ORDER BY url")
     assert sorted(r["url"] for r in found) == [r["url"] for r in plain]
     sent = serve.servers[-1].handler.sent
     assert sent == pytest.approx(index.files.bytes, abs=2000), "what is told is what was sent"

@@ -11,57 +11,26 @@ import functools
 import os
 import time
 from collections import Counter
-from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kit.data import archive
-from kit.data.questions import (
-    NOT_IN_TABLE,
-    count_query,
-    find_query,
-    reasons_query,
-    select_query,
-    sites_query,
-    text,
-)
-from kit.data.table import (
-    AHEAD_BYTES,
-    Files,
-    Scan,
-    athena_usd,
-    columns_and_values,
-    crawls_beside,
-    table_files,
-)
+from kit.data import archive, questions
+from kit.data.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
 from kit.lake import Counts, Lake, LakeError, Manifest
 from kit.params import ExploreIndex, ParamError
 from kit.show import progress
 
+KINDS = {
+    "warc_record_offset": pa.int64(),
+    "warc_record_length": pa.int64(),
+    "fetch_time": pa.timestamp("ms"),
+    "fetch_status": pa.int16(),
+}
 ENTRY = pa.schema(
-    [
-        ("warc_filename", pa.string()),
-        ("warc_record_offset", pa.int64()),
-        ("warc_record_length", pa.int64()),
-        ("wrapping", pa.string()),
-        ("record_type", pa.string()),
-        ("url", pa.string()),
-        ("fetch_time", pa.timestamp("ms")),
-        ("fetch_status", pa.int16()),
-        ("content_mime_detected", pa.string()),
-        ("content_digest", pa.string()),
-        ("content_truncated", pa.string()),
-        ("url_host_name", pa.string()),
-        ("url_host_registered_domain", pa.string()),
-        ("content_charset", pa.string()),
-        ("content_languages", pa.string()),
-        ("subset", pa.string()),
-        ("url_host_tld", pa.string()),
-    ]
+    [(name, KINDS.get(name, pa.string())) for name in (*questions.SELECTED, "subset", "url_host_tld")]
 )
 
 
@@ -74,33 +43,31 @@ class Index:
         self.damage: list[archive.Damage] = []
         self.scans: list[Scan] = []
         """What each query was to read and did read, in order."""
-        self.files: Files | None = None
         self.con = duckdb.connect()
-        self.con.execute("SET enable_progress_bar = false")
+        # footers come from memory
+        self.con.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")
         if p.archive_paths:
-            self.base, paths = _common_base(archive.list_archives(p.archive_paths))
-            self.sources = p.archive_paths
-            self.con.register("scanned", self._scan(paths))
-            self.con.execute(f"CREATE VIEW ccindex AS SELECT *, {text(p.crawl)} AS crawl FROM scanned")
+            self.files, self.sources = Files(None, []), p.archive_paths
+            archives = archive.list_archives(p.archive_paths)
+            self.base = _common_base(archives)
+            scanned = self._scan(archives)
+            self.rows = len(scanned)
+            self.con.register("raw", scanned)
         else:
             self.base = p.archive_base
-            self._open_table()
-
-    def _open_table(self) -> None:
-        fs, paths, self.sources = table_files(self.p)
-        self.files = Files(fs, paths)
-        self.con.register_filesystem(self.files)
-        # page by page, the footers from memory; how columns are read is decided for each query
-        self.con.execute("SET disable_parquet_prefetching = true; SET parquet_metadata_cache = true")
-        # not con.read_parquet: it keeps Python's lock while DuckDB's threads wait for it to read through fsspec
-        self.con.execute(
-            f"CREATE VIEW raw AS FROM read_parquet([{', '.join(map(text, self.files.paths))}], "
-            "hive_partitioning = true, hive_types_autocast = false, union_by_name = true)"
-        )
+            fs, paths, self.sources = table_files(p)
+            self.files = Files(fs, paths)
+            self.rows = self.files.rows
+            self.con.register_filesystem(self.files)
+            # not con.read_parquet: it keeps Python's lock while DuckDB's threads wait for it to read through fsspec
+            self.con.execute(
+                f"CREATE VIEW raw AS FROM read_parquet([{', '.join(map(questions.text, self.files.paths))}], "
+                "hive_partitioning = true, hive_types_autocast = false, union_by_name = true)"
+            )
         # columns came over the years (languages in 2018, truncation in 2019): absent ones read as NULL
-        have = {*self.con.table("raw").columns, *NOT_IN_TABLE}
-        columns = "".join(f", NULL::VARCHAR AS {name}" for name in ENTRY.names if name not in have)
-        columns += "" if "crawl" in have else f", {text(self.p.crawl)} AS crawl"
+        have = {*self.con.table("raw").columns, *questions.NOT_IN_TABLE}
+        absent = dict.fromkeys(ENTRY.names, "NULL::VARCHAR") | {"crawl": questions.text(p.crawl)}
+        columns = "".join(f", {value} AS {name}" for name, value in absent.items() if name not in have)
         self.con.execute(f"CREATE VIEW ccindex AS SELECT *{columns} FROM raw")
 
     def _scan(self, paths: list[str]) -> pa.Table:
@@ -108,18 +75,13 @@ class Index:
         rows: list[dict[str, Any]] = []
         with progress(len(paths), "indexing", "archives") as bar:
             for path in paths:
-                for found in archive.scan(path, _identity(path, self.base)):
+                for found in archive.scan(path, path.removeprefix(self.base).lstrip("/")):
                     if isinstance(found, archive.Damage):
                         self.damage.append(found)
                     else:
                         rows.append(_row(found))
                 bar.update()
         return pa.Table.from_pylist(rows, schema=ENTRY)
-
-    @property
-    def rows(self) -> int:
-        """Rows of the whole index; of a table, the footers know without reading a row."""
-        return self.files.rows if self.files else self.con.table("ccindex").shape[0]
 
     @functools.cached_property
     def crawls(self) -> list[str]:
@@ -131,74 +93,58 @@ class Index:
         """The index of another crawl of the same table, opened once."""
         return self if crawl == self.p.crawl else Index(self.p.model_copy(update={"crawl": crawl}))
 
-    def estimate(self, query: str, title: str = "", **values: Any) -> Scan:
+    def estimate(self, query: str, title: str = "") -> Scan:
         """What `query` will read: the columns it uses, in the row groups whose smallest and largest values fit."""
-        explained = self.con.execute(f"EXPLAIN (FORMAT json) {query}", values or None).fetchall()[0][1]
-        planned, groups, of = self.files.plan(*columns_and_values(explained)) if self.files else (0, 0, 0)
-        return Scan(
-            title or " ".join(query.split())[:80],
-            groups,
-            of,
-            planned,
-            athena_usd(planned, self.p.athena_usd_per_tb),
-        )
+        explained = self.con.execute(f"EXPLAIN (FORMAT json) {query}").fetchall()[0][1]
+        planned, groups, of = self.files.plan(*columns_and_values(explained))
+        usd = athena_usd(planned, self.p.athena_usd_per_tb)
+        return Scan(title or " ".join(query.split())[:80], groups, of, planned, usd)
 
-    def table(self, query: str, title: str = "", **values: Any) -> pa.Table:
-        """The answer to any SELECT over `ccindex`, its cost in `scans`; `$name` in the query takes a value."""
-        scan = self.estimate(query, title, **values)
+    def table(self, query: str, title: str = "") -> pa.Table:
+        """The answer to any SELECT over `ccindex`, its cost in `scans`; raises `ParamError` above `max_scan_gb`."""
+        scan, files = self.estimate(query, title), self.files
         if scan.planned_bytes > self.p.max_scan_gb * 1e9:
             raise ParamError(
                 f"'{scan.query}' would read {scan.planned_bytes / 1e9:,.3g} GB of the index, and max_scan_gb allows "
                 f"{self.p.max_scan_gb:g}: name domains, or some index_files as a sample, or allow more"
             )
-        files, started = self.files, time.perf_counter()
-        before = (files.bytes, files.requests) if files else (0, 0)
         # few row groups: page by page, most are skipped; many: whole column chunks, for that is fewer requests
         narrow = scan.row_groups * 4 <= scan.row_groups_in_all
         self.con.execute(f"SET disable_parquet_prefetching = {str(narrow).lower()}")
-        if files:
-            files.ahead_bytes, files.error = AHEAD_BYTES if narrow else 0, None
+        files.narrow, files.error = narrow, None
+        started, read, requests = time.perf_counter(), files.bytes, files.requests
         try:
-            found = self.con.execute(query, values or None).to_arrow_table()
-        except duckdb.Error:
-            if files and files.error:
-                raise files.error from None
-            raise
-        after = (files.bytes, files.requests) if files else (0, 0)
-        self.scans.append(
-            replace(
-                scan,
-                read_bytes=after[0] - before[0],
-                requests=after[1] - before[1],
-                seconds=time.perf_counter() - started,
-            )
-        )
+            found = self.con.execute(query).to_arrow_table()
+        except duckdb.Error as error:
+            raise files.error or error from None
+        scan.read_bytes, scan.requests = files.bytes - read, files.requests - requests
+        scan.seconds = time.perf_counter() - started
+        self.scans.append(scan)
         return found
 
-    def sql(self, query: str, title: str = "", **values: Any) -> list[dict[str, Any]]:
+    def sql(self, query: str, title: str = "") -> list[dict[str, Any]]:
         """The same as rows."""
-        return self.table(query, title, **values).to_pylist()
+        return self.table(query, title).to_pylist()
 
     def count_by(self, column: str, limit: int = 20) -> list[dict[str, Any]]:
         """Pages and compressed MB by one of `COUNTABLE`, largest first."""
-        return self.sql(count_query(self.p.crawl, column, limit), f"count by {column}")
+        return self.sql(questions.count_query(self.p.crawl, column, limit), f"count by {column}")
 
     def find(self, site: str, limit: int = 0) -> list[dict[str, Any]]:
         """Pages of a registered domain, a host, or below a URL; 0 = all."""
-        return self.sql(find_query(self.p.crawl, site, limit), f"find {site}")
+        return self.sql(questions.find_query(self.p.crawl, site, limit), f"find {site}")
 
     def sites(self, language: str, limit: int = 20) -> list[dict[str, Any]]:
         """The sites with most pages in a language, by the first of each page's."""
-        return self.sql(sites_query(self.p.crawl, language, limit), f"sites in {language}")
+        return self.sql(questions.sites_query(self.p.crawl, language, limit), f"sites in {language}")
 
     def reasons(self) -> Counter[str]:
         """How many records are `kept`, and dropped for each reason; together all rows of the index.
 
         With `domains`, rows of other domains are not read: what the footers count beyond those that fit is `domain`.
         """
-        found = Counter(
-            {r["reason"] or "kept": r["records"] for r in self.sql(reasons_query(self.p), "reasons")}
-        )
+        rows = self.sql(questions.reasons_query(self.p), "reasons")
+        found = Counter({r["reason"] or "kept": r["records"] for r in rows})
         found["domain"] = self.rows - found.total()
         if self.p.max_pages:
             found["over max_pages"] = max(0, found["kept"] - self.p.max_pages)
@@ -207,7 +153,7 @@ class Index:
 
     def select(self) -> pa.Table:
         """The selected records, in the order in which archives are read."""
-        return self.table(select_query(self.p), "select")
+        return self.table(questions.select_query(self.p), "select")
 
 
 def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
@@ -229,9 +175,8 @@ def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
             failed=dict(sorted(failed.items())),
         )
         if counts.records_out == 0:
-            raise LakeError(
-                f"{p.stage}: no page selected out of {counts.records_in} records: {dict(reasons + failed)}"
-            )
+            why = dict(reasons + failed)
+            raise LakeError(f"{p.stage}: no page selected out of {counts.records_in} records: {why}")
         selected = index.select()
         out.table("part-00000", selected)
         names = sorted(set(selected["warc_filename"].to_pylist()))
@@ -242,37 +187,24 @@ def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
             "archive_base": index.base,
             "archives": len(names),
             "selected_bytes": pc.sum(selected["warc_record_length"]).as_py(),
-            "index_bytes": index.files.table_bytes if index.files else 0,
-            "index_bytes_read": index.files.bytes if index.files else 0,
+            "index_bytes": index.files.table_bytes,
+            "index_bytes_read": index.files.bytes,
         }
         return out.commit(counts, metrics)
 
 
 def _row(entry: archive.Entry) -> dict[str, Any]:
-    try:
-        host = urlsplit(entry.url).hostname or ""
-    except ValueError:  # a URL such as http://[broken
-        host = ""
+    host = questions.host_of(entry.url)
     labels = host.split(".")
-    more = {
-        "url_host_name": host,
-        "url_host_registered_domain": ".".join(labels[-2:]),
-        "url_host_tld": labels[-1],
-    }
-    return vars(entry) | more | {"subset": "warc"}
+    names = {"url_host_name": host, "url_host_registered_domain": ".".join(labels[-2:])}
+    return vars(entry) | names | {"url_host_tld": labels[-1], "subset": "warc"}
 
 
-def _common_base(files: list[str]) -> tuple[str, list[str]]:
+def _common_base(files: list[str]) -> str:
     """Deepest folder or URL above all `files`: what their identities are relative to, on any machine."""
-    scheme = files[0].rpartition("://")[0]
-    same_store = all(f.rpartition("://")[0] == scheme for f in files)
-    base = (
-        os.path.commonpath([f.rpartition("://")[2].rpartition("/")[0] for f in files]) if same_store else ""
-    )
+    scheme, *others = {f.rpartition("://")[0] for f in files}
+    folders = [f.rpartition("://")[2].rpartition("/")[0] for f in files]
+    base = "" if others else os.path.commonpath(folders)
     if not base:
         raise archive.ArchiveError("archives of one run must lie on one store, below one folder")
-    return f"{scheme}://{base}" if scheme else base, files
-
-
-def _identity(path: str, base: str) -> str:
-    return path.removeprefix(base).lstrip("/")
+    return f"{scheme}://{base}" if scheme else base

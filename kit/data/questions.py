@@ -12,46 +12,22 @@ from urllib.parse import urlsplit
 from kit.data.record import PAGE_RECORDS
 from kit.params import ExploreIndex, ParamError
 
-SELECTED = (
-    "warc_filename",
-    "warc_record_offset",
-    "warc_record_length",
-    "wrapping",
-    "record_type",
-    "url",
-    "fetch_time",
-    "fetch_status",
-    "content_mime_detected",
-    "content_digest",
-    "content_truncated",
-    "url_host_name",
-    "url_host_registered_domain",
-    "content_charset",
-    "content_languages",
-)
+SELECTED = [
+    "warc_filename", "warc_record_offset", "warc_record_length", "wrapping", "record_type", "url", "fetch_time",
+    "fetch_status", "content_mime_detected", "content_digest", "content_truncated", "url_host_name",
+    "url_host_registered_domain", "content_charset", "content_languages",
+]  # fmt: skip
 """Columns of a selection."""
 NOT_IN_TABLE = {"wrapping": "'member'", "record_type": "'response'"}
 """What a scan of archives tells and the cc-index table does not: there, every row is a gzip member of its own."""
-SAMPLE = (
-    "url",
-    "fetch_time",
-    "fetch_status",
-    "content_mime_detected",
-    "content_languages",
-    "warc_record_length",
-)
-COUNTABLE = {
+PLAIN = [
+    "content_languages", "url_host_tld", "url_host_registered_domain", "url_host_name", "content_mime_detected",
+    "fetch_status", "subset",
+]  # fmt: skip
+COUNTABLE = dict(zip(PLAIN, PLAIN)) | {
     "language": "content_languages",
-    "content_languages": "content_languages",
-    "url_host_tld": "url_host_tld",
-    "url_host_registered_domain": "url_host_registered_domain",
-    "url_host_name": "url_host_name",
-    "content_mime_detected": "content_mime_detected",
-    "fetch_status": "fetch_status",
     "fetch_hour": "substr(CAST(fetch_time AS varchar), 1, 13)",
     "fetch_day": "CAST(date_trunc('day', fetch_time) AS date)",
-    "fetch_month": "CAST(date_trunc('month', fetch_time) AS date)",
-    "subset": "subset",
 }
 """What `count_query` counts by; `language` is the first of a page's languages."""
 
@@ -61,9 +37,13 @@ def text(value: str) -> str:
     return "'" + value.replace("'", "''") + "'"
 
 
-def one_of(column: str, values: Iterable[str]) -> str:
-    """SQL that is true where `column` has one of `values`, and false where it has none."""
-    return f"coalesce({column} IN ({', '.join(map(text, values))}), false)"
+def _among(column: str, values: Iterable[str]) -> str:
+    return f"{column} IN ({', '.join(map(text, values))})"
+
+
+def _not(condition: str) -> str:
+    """True also where `condition` is NULL."""
+    return f"NOT coalesce({condition}, false)"
 
 
 def count_query(crawl: str, by: str, limit: int = 20) -> str:
@@ -80,36 +60,38 @@ FROM (
 GROUP BY 1 ORDER BY pages DESC, 1 LIMIT {int(limit)}"""
 
 
+def host_of(url: str) -> str:
+    """The host of `url`; empty where there is none, or a broken one such as `http://[broken`."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 def site_filter(site: str) -> str:
     """SQL for the pages of a registered domain (`imdb.com`), a host (`www.imdb.com`) or below a URL.
 
     The index is sorted by reversed host name, so the conditions on `url_host_tld` and on the registered domain are
     what lets an engine skip row groups; the URL alone skips none. Raises `ParamError` where there is no host.
     """
-    try:
-        parts = urlsplit(site if "://" in site else f"//{site}")
-        host = (parts.hostname or "").rstrip(".")
-    except ValueError:
-        host = ""
+    scheme, rest = site.split("://", 1) if "://" in site else ("", site)
+    host = host_of(f"//{rest}").rstrip(".")
     if not host:
         raise ParamError(f"'{site}' is no site: give a domain, a host or the beginning of a URL")
     labels = host.split(".")
     # which part of a host is its registered domain only the public suffix list knows: all of them are asked for
     above = [".".join(labels[i:]) for i in range(max(1, len(labels) - 1))]
-    found = (
-        f"url_host_tld = {text(labels[-1])} AND url_host_registered_domain IN ({', '.join(map(text, above))})"
-    )
+    found = f"url_host_tld = {text(labels[-1])} AND {_among('url_host_registered_domain', above)}"
     found += f" AND (url_host_registered_domain = {text(host)} OR url_host_name = {text(host)})"
-    if parts.path.strip("/") or parts.query:
-        rest = site.split("://")[-1]
-        urls = [text(f"{s}://{rest}") for s in ([parts.scheme] if parts.scheme else ["https", "http"])]
+    if rest.partition("/")[2].strip("/") or "?" in rest:
+        urls = [text(f"{s}://{rest}") for s in ([scheme.lower()] if scheme else ["https", "http"])]
         found += f" AND ({' OR '.join(f'starts_with(url, {u})' for u in urls)})"
     return found
 
 
 def find_query(crawl: str, site: str, limit: int = 0) -> str:
     """The pages of a site with what the index knows of each, those that were there (200) first; `limit` 0 = all."""
-    return f"""SELECT {", ".join(SAMPLE)}, warc_filename, warc_record_offset
+    return f"""SELECT url, fetch_time, fetch_status, content_mime_detected, content_languages, warc_record_length, warc_filename, warc_record_offset
 FROM ccindex WHERE crawl = {text(crawl)} AND {site_filter(site)}
 ORDER BY fetch_status, url, fetch_time{f" LIMIT {int(limit)}" if limit else ""}"""
 
@@ -132,33 +114,29 @@ def _population(p: ExploreIndex) -> str:
     """The rows that are judged at all: with `domains`, those of other domains are not even read."""
     where = f"crawl = {text(p.crawl)}"
     if p.domains:
-        tlds = sorted({d.rpartition(".")[2] for d in p.domains})
-        where += f" AND url_host_tld IN ({', '.join(map(text, tlds))})"
-        where += f" AND url_host_registered_domain IN ({', '.join(map(text, p.domains))})"
+        where += f" AND {_among('url_host_tld', sorted({d.rpartition('.')[2] for d in p.domains}))}"
+        where += f" AND {_among('url_host_registered_domain', p.domains)}"
     return where
 
 
 def _reason(p: ExploreIndex) -> str:
     """SQL for why a row is left out, the first reason that fits; NULL if it is selected."""
-    cases = []
-    if p.archive_paths:
-        cases.append((f"NOT {one_of('record_type', PAGE_RECORDS)}", "'record type ' || record_type"))
-    if p.statuses:
-        wrong = f"NOT {one_of('CAST(fetch_status AS varchar)', p.statuses)}"
-        cases.append((f"{wrong} AND fetch_status BETWEEN 300 AND 399", "'redirect'"))
-        cases.append((wrong, "'status ' || coalesce(CAST(fetch_status AS varchar), 'none')"))
-    cases.append(("subset = 'robotstxt'", "'robots.txt'"))
-    if p.mimes:
-        cases.append((f"NOT {one_of('content_mime_detected', p.mimes)}", "'MIME type'"))
-    if p.languages:
-        spoken = [f"contains(split(content_languages, ','), {text(x)})" for x in p.languages]
-        cases.append((f"NOT coalesce({' OR '.join(spoken)}, false)", "'index language'"))
-    if not p.keep_truncated:
-        cases.append(("content_truncated IS NOT NULL", "'truncated'"))
-    if p.min_record_kb:
-        cases.append((f"warc_record_length < {int(p.min_record_kb * 1e3)}", "'record too short'"))
-    cases.append((f"warc_record_length > {int(p.max_record_mb * 1e6)}", "'record too long'"))
-    return "CASE\n" + "\n".join(f"    WHEN {when} THEN {then}" for when, then in cases) + "\n  END"
+    status = "CAST(fetch_status AS varchar)"
+    wrong = _not(_among(status, p.statuses))
+    spoken = [f"contains(split(content_languages, ','), {text(x)})" for x in p.languages]
+    cases = (
+        (p.archive_paths, _not(_among("record_type", PAGE_RECORDS)), "'record type ' || record_type"),
+        (p.statuses, f"{wrong} AND fetch_status BETWEEN 300 AND 399", "'redirect'"),
+        (p.statuses, wrong, f"'status ' || coalesce({status}, 'none')"),
+        (True, "subset = 'robotstxt'", "'robots.txt'"),
+        (p.mimes, _not(_among("content_mime_detected", p.mimes)), "'MIME type'"),
+        (p.languages, _not(" OR ".join(spoken)), "'index language'"),
+        (not p.keep_truncated, "content_truncated IS NOT NULL", "'truncated'"),
+        (p.min_record_kb, f"warc_record_length < {int(p.min_record_kb * 1e3)}", "'record too short'"),
+        (True, f"warc_record_length > {int(p.max_record_mb * 1e6)}", "'record too long'"),
+    )
+    lines = [f"    WHEN {when} THEN {then}" for asked, when, then in cases if asked]
+    return "\n".join(["CASE", *lines, "  END"])
 
 
 def reasons_query(p: ExploreIndex) -> str:
@@ -171,9 +149,7 @@ GROUP BY 1 ORDER BY 1"""
 
 def select_query(p: ExploreIndex) -> str:
     """The selected rows, in the order in which archives are read."""
-    columns = SELECTED if p.archive_paths else [
-        f"{NOT_IN_TABLE[c]} AS {c}" if c in NOT_IN_TABLE else c for c in SELECTED
-    ]  # fmt: skip
-    return f"""SELECT {", ".join(columns)}
+    told = {} if p.archive_paths else NOT_IN_TABLE
+    return f"""SELECT {", ".join(f"{told[c]} AS {c}" if c in told else c for c in SELECTED)}
 FROM ccindex WHERE {_population(p)} AND {_reason(p)} IS NULL
 ORDER BY warc_filename, warc_record_offset{f" LIMIT {p.max_pages}" if p.max_pages else ""}"""

@@ -16,12 +16,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.spec import AbstractFileSystem
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import kit.data.polite  # noqa: F401  registers http(s)
 from kit import resolve
@@ -31,12 +30,12 @@ from kit.show import progress
 TAIL_BYTES = 64 << 10
 """How much of a file's end is fetched at once; a footer of ten row groups of cc-index is about 50 KB."""
 AHEAD_BYTES = 16 << 10
-"""Least that is fetched at once: DuckDB asks for page heads in 256 bytes, each of which would be a request."""
+"""What is fetched beyond a narrow read: DuckDB asks for page heads in 256 bytes, each of which would be a request."""
 TEXT = r"'((?:[^']|'')*)'"
 ONLY = re.compile(rf"(\w+) ?(?:= ?|IN \()({TEXT}(?:, {TEXT})*)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Scan:
     """One query in bytes: planned from the footers (an upper bound), and really read, footers not counted."""
 
@@ -67,49 +66,46 @@ class Scan:
 class Files(AbstractFileSystem):
     """The files of a table as DuckDB sees them, read by exact ranges from `fs`, and counted.
 
-    Also holds each file's end in memory, so that a footer is read once.
+    Each file's end is held in memory, so that a footer is read once.
     """
 
     protocol = "counted"
     cachable = False
 
-    def __init__(self, fs: AbstractFileSystem, paths: list[str]) -> None:
+    def __init__(self, fs: AbstractFileSystem | None, paths: list[str]) -> None:
+        """Read all footers; raises `ParamError` for a file that is no Parquet."""
         super().__init__()
         self.fs = fs
         self.paths = {f"counted://{p.partition('://')[2] or p}": p for p in paths}
         self.lock = threading.Lock()
-        self.requests = self.bytes = 0
-        self.ahead_bytes = 0
+        self.requests = self.bytes = self.rows = self.table_bytes = 0
+        self.narrow = False
+        """Whether files opened next are read page by page, or else in whole column chunks."""
         self.error: Exception | None = None
         """What went wrong below DuckDB, which hides it behind an error of its own."""
         self.tails: dict[str, tuple[int, bytes]] = {}
         self.footers: dict[str, pq.FileMetaData] = {}
         many = progress(len(paths), "reading footers", "files") if len(paths) > 8 else nullcontext()
         with many as bar, ThreadPoolExecutor(8) as pool:
-            for name, tail in zip(self.paths, pool.map(self._tail, self.paths.values())):
-                self.tails[name] = tail
-                self.footers[name] = _footer(self.paths[name], tail[1])
+            for (name, path), (start, tail) in zip(self.paths.items(), pool.map(self._tail, paths)):
+                try:
+                    self.footers[name] = pq.read_metadata(pa.BufferReader(tail))
+                except pa.ArrowException as error:
+                    why = str(error).splitlines()[0]
+                    raise ParamError(f"'{path}' is no Parquet file ({why})") from None
+                self.tails[name] = start, tail
+                self.rows += self.footers[name].num_rows
+                self.table_bytes += start + len(tail)
                 if bar:
                     bar.update()
 
-    @property
-    def table_bytes(self) -> int:
-        """Size of all files."""
-        return sum(self.size(name) for name in self.paths)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all files."""
-        return sum(f.num_rows for f in self.footers.values())
-
     def _tail(self, path: str) -> tuple[int, bytes]:
         size = self.fs.info(path)["size"]
-        start = max(0, size - TAIL_BYTES)
-        data = self.fetch(path, start, size)
+        data = self.fetch(path, max(0, size - TAIL_BYTES), size)
         footer = int.from_bytes(data[-8:-4], "little") + 8
         if len(data) < footer <= size:
-            start, data = size - footer, self.fetch(path, size - footer, start) + data
-        return start, data
+            data = self.fetch(path, size - footer, size - len(data)) + data
+        return size - len(data), data
 
     def fetch(self, path: str, start: int, end: int) -> bytes:
         """Bytes from the store, counted."""
@@ -127,33 +123,25 @@ class Files(AbstractFileSystem):
         """Bytes of `columns` in the row groups that can hold rows with `only` these values; those groups; all groups."""
         planned = groups = seen = 0
         for name, footer in self.footers.items():
-            place = {footer.schema.column(i).path: i for i in range(footer.num_columns)}
             parts = dict(p.split("=", 1) for p in name.split("/") if "=" in p)
-            for g in range(footer.num_row_groups):
-                seen += 1
-                group = footer.row_group(g)
-                if all(
-                    parts[c] in values if c in parts else c not in place or _may_hold(group, place[c], values)
-                    for c, values in only.items()
-                ):
+            fits = all(parts[c] in values for c, values in only.items() if c in parts)
+            paths = [footer.schema.column(i).path for i in range(footer.num_columns)]
+            used = [i for i, path in enumerate(paths) if path in columns or path in only]
+            seen += footer.num_row_groups
+            for g in range(footer.num_row_groups if fits else 0):
+                chunks = [footer.row_group(g).column(i) for i in used]
+                if all(_may_hold(c, only[c.path_in_schema]) for c in chunks if c.path_in_schema in only):
                     groups += 1
-                    planned += sum(
-                        group.column(place[c]).total_compressed_size for c in columns if c in place
-                    )
+                    planned += sum(c.total_compressed_size for c in chunks if c.path_in_schema in columns)
         return planned, groups, seen
 
     def open(self, path: str, mode: str = "rb", **_: Any) -> _Handle:
-        return _Handle(self, path)
-
-    def size(self, path: str) -> int:
-        start, tail = self.tails[path]
-        return start + len(tail)
+        ahead = AHEAD_BYTES if self.narrow else 0
+        return _Handle(self, path, block_size=ahead, size=self.info(path)["size"])
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        return {"name": path, "size": self.size(path), "type": "file"}
-
-    def exists(self, path: str, **_: Any) -> bool:
-        return path in self.paths
+        start, tail = self.tails[path]
+        return {"name": path, "size": start + len(tail), "type": "file"}
 
     def glob(self, path: str, **_: Any) -> list[str]:
         return [path]
@@ -162,54 +150,18 @@ class Files(AbstractFileSystem):
         return datetime(2000, 1, 1, tzinfo=UTC)  # a table is what it was when it was opened
 
 
-class _Handle:
+class _Handle(AbstractBufferedFile):
     """A file of `Files` as DuckDB reads it; each of its threads opens one of its own."""
 
-    def __init__(self, files: Files, name: str) -> None:
-        self.files, self.name, self.size = files, name, files.size(name)
-        self.at, self.ahead = 0, (0, b"")
-
-    def seek(self, at: int, whence: int = 0) -> int:
-        self.at = at + (0, self.at, self.size)[whence]
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, n: int = -1) -> bytes:
-        start, end = self.at, self.size if n < 0 else min(self.at + n, self.size)
-        self.at = end
-        for first, kept in (self.files.tails[self.name], self.ahead):
-            if first <= start < first + len(kept):
-                have = kept[start - first : end - first]
-                break
-        else:
-            have = b""
-        if start + len(have) < end:
-            start += len(have)
-            got = self.files.fetch(
-                self.files.paths[self.name], start, max(end, min(start + self.files.ahead_bytes, self.size))
-            )
-            self.ahead = (start, got)
-            have += got[: end - start]
-        return have
-
-    def flush(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.ahead = (0, b"")
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        first, tail = self.fs.tails[self.path]
+        kept = tail[max(0, start - first) : max(0, end - first)]
+        far = self.fs.fetch(self.fs.paths[self.path], start, min(end, first)) if start < first else b""
+        return far + kept
 
 
-def _footer(path: str, tail: bytes) -> pq.FileMetaData:
-    try:
-        return pq.read_metadata(pa.BufferReader(tail))
-    except pa.ArrowException as error:
-        raise ParamError(f"'{path}' is no Parquet file ({str(error).splitlines()[0]})") from None
-
-
-def _may_hold(group: pq.RowGroupMetaData, column: int, values: Collection[str]) -> bool:
-    told = group.column(column).statistics
+def _may_hold(chunk: pq.ColumnChunkMetaData, values: Collection[str]) -> bool:
+    told = chunk.statistics
     if told is None or not told.has_min_max or not isinstance(told.min, str):
         return True
     return any(told.min <= value <= told.max for value in values)
@@ -242,55 +194,48 @@ def _strings(value: Any) -> list[str]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def table_files(p: ExploreIndex) -> tuple[Any, list[str], list[str]]:
+def table_files(p: ExploreIndex) -> tuple[AbstractFileSystem, list[str], list[str]]:
     """File system and Parquet files of one crawl of the table, and what tells which they are (folder or lists).
 
     Without `index_files`: all below `index_path`, or over HTTP(S), where nothing can be listed, those of the list
     that Common Crawl keeps for each crawl. Raises `ParamError` where there are none.
     """
     table = resolve(p.index_path).rstrip("/")
-    lists = p.index_files
-    if not lists and table.startswith(("http://", "https://")):
-        lists = [f"{_host_root(table)}/crawl-data/{p.crawl}/cc-index-table.paths.gz"]
-    if not lists:
-        fs, path = fsspec.core.url_to_fs(f"{table}/crawl={p.crawl}")
-        paths = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
-        sources = [f"{p.index_path.rstrip('/')}/crawl={p.crawl}"]
-    else:
-        uris = [uri for entry in lists for uri in _listed(entry, table)]
+    sources = p.index_files
+    if not sources and table.startswith(("http://", "https://")):
+        sources = [f"{_root(table)}/crawl-data/{p.crawl}/cc-index-table.paths.gz"]
+    if sources:
+        uris = [uri for entry in sources for uri in _listed(resolve(entry), table)]
         uris = [u for u in uris if "/crawl=" not in u or f"/crawl={p.crawl}/" in u]
-        fs = fsspec.core.url_to_fs(uris[0])[0] if uris else None
-        paths, sources = [fs._strip_protocol(u) for u in uris], lists
+        fs = fsspec.core.url_to_fs((uris or [table])[0])[0]
+        paths = [fs._strip_protocol(u) for u in uris]
+    else:
+        fs, folder = fsspec.core.url_to_fs(f"{table}/crawl={p.crawl}")
+        paths = sorted(f for f in fs.find(folder) if f.endswith(".parquet"))
+        sources = [f"{p.index_path.rstrip('/')}/crawl={p.crawl}"]
     if not paths:
-        crawls = [] if lists else crawls_beside(p)
-        raise ParamError(
-            f"no index of crawl '{p.crawl}' in {', '.join(lists)}" if lists else
-            f"no index of crawl '{p.crawl}' under '{p.index_path}'" + (f"; there are {', '.join(crawls)}" if crawls else "")
-        )  # fmt: skip
+        others = f"; there are {', '.join(crawls)}" if (crawls := crawls_beside(p)) else ""
+        raise ParamError(f"no index of crawl '{p.crawl}' in {', '.join(sources)}{others}")
     return fs, paths, sources
 
 
 def _listed(entry: str, table: str) -> list[str]:
     """One of `index_files` as Parquet files: itself, or the lines of a list, relative to their host or bucket."""
-    entry = resolve(entry)
     if entry.endswith(".parquet"):
         return [entry]
-    root = _host_root(entry if "://" in entry else table)
     try:
         with fsspec.open(entry, "rt", compression="infer", encoding="utf-8") as f:
-            lines = [line.strip() for line in f]
+            lines = f.read().splitlines()
     except FileNotFoundError:
         raise ParamError(f"there is no list of index files '{entry}'") from None
+    root = _root(entry if "://" in entry else table)
     inside = table.removeprefix(root).strip("/") + "/"
     return [x if "://" in x else f"{root}/{x}" for x in lines if x.endswith(".parquet") and inside in x]
 
 
-def _host_root(uri: str) -> str:
+def _root(uri: str) -> str:
     """What Common Crawl's lists of paths are relative to: host, bucket, or on a disk the folder above `cc-index`."""
-    if "://" not in uri:
-        return uri.partition("/cc-index/")[0]
-    parts = urlsplit(uri)
-    return f"{parts.scheme}://{parts.netloc}"
+    return "/".join(uri.split("/")[:3]) if "://" in uri else uri.partition("/cc-index/")[0]
 
 
 def crawls_beside(p: ExploreIndex) -> list[str]:
@@ -298,8 +243,7 @@ def crawls_beside(p: ExploreIndex) -> list[str]:
     if p.archive_paths or p.index_files or p.index_path.startswith(("http://", "https://")):
         return []
     fs, path = fsspec.core.url_to_fs(resolve(p.index_path))
-    found = fs.glob(f"{path}/crawl=*")
-    return sorted(f.rstrip("/").rpartition("crawl=")[2] for f in found)
+    return sorted(f.rstrip("/").rpartition("crawl=")[2] for f in fs.glob(f"{path}/crawl=*"))
 
 
 def athena_usd(scanned_bytes: int, usd_per_tb: float) -> float:

@@ -36,6 +36,7 @@ COLUMNS = {
 }
 """The cc-index schema with Athena's types; Parquet columns are found by name, so their order does not matter."""
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
+TIMEOUT_S, PAUSE_S = 1800, 2
 
 
 class AthenaError(KitError):
@@ -86,15 +87,14 @@ def requests(p: QueryWithAthena, selection: ExploreIndex) -> dict[str, dict[str,
     made = {}
     for s in statements(p, selection):
         database = {} if s.name == "create_database" else {"Database": p.athena_database}
-        request = {
+        made[s.name] = {
             "QueryString": s.sql,
             "QueryExecutionContext": {"Catalog": "AwsDataCatalog"} | database,
             "ResultConfiguration": {"OutputLocation": p.athena_output},
         }
-        report = ParamValidator().validate(request, shape)
+        report = ParamValidator().validate(made[s.name], shape)
         if report.has_errors():
             raise AthenaError(f"{s.name}: {report.generate_report()}")
-        made[s.name] = request
     return made
 
 
@@ -113,18 +113,14 @@ def selection_of(p: QueryWithAthena, explored: Manifest) -> ExploreIndex:
     """What stage 10 selected, asked of this stage's table and crawl; of archives without an index there is nothing to ask."""
     asked = ExploreIndex(**explored.params)
     if asked.archive_paths:
-        raise ParamError(
-            "stage 10 indexed archives of your own: Athena can only be asked of a cc-index table"
-        )
+        raise ParamError("stage 10 indexed your own archives: Athena can only be asked of a cc-index table")
     return asked.model_copy(update={"crawl": p.crawl, "index_path": p.index_path})
 
 
-def submit(
-    p: QueryWithAthena, selection: ExploreIndex, names: list[str], timeout_s: float = 1800, pause_s: float = 2
-) -> list[dict[str, Any]]:
-    """Run the statements `names` one after the other; a row each with state, bytes scanned, seconds and dollars.
+def submit(p: QueryWithAthena, selection: ExploreIndex, names: list[str]) -> list[dict[str, Any]]:
+    """Run the statements `names` one after the other; a row each with id, bytes scanned, seconds and dollars.
 
-    Raises `AthenaError` for a query that fails or takes longer than `timeout_s`, which is then stopped.
+    Raises `AthenaError` for a query that fails or takes longer than `TIMEOUT_S`, which is then stopped.
     """
     import boto3
 
@@ -133,28 +129,29 @@ def submit(
     free = {s.name for s in statements(p, selection) if s.free}
     for name in names:
         key = client.start_query_execution(**made[name])["QueryExecutionId"]
-        told = _follow(client, key, name, timeout_s, pause_s)
-        scanned = told.get("Statistics", {}).get("DataScannedInBytes", 0)
+        told = _follow(client, key, name).get("Statistics", {})
+        scanned = told.get("DataScannedInBytes", 0)
         usd = 0.0 if name in free else athena_usd(scanned, p.athena_usd_per_tb)
-        seconds = told.get("Statistics", {}).get("TotalExecutionTimeInMillis", 0) / 1000
+        seconds = told.get("TotalExecutionTimeInMillis", 0) / 1000
         rows.append({"statement": name, "id": key, "scanned_bytes": scanned, "s": seconds, "usd": usd})
         print(f"{name}: {scanned:,} bytes scanned, ${usd:.6f}, {p.athena_output.rstrip('/')}/{key}.csv")
     return rows
 
 
-def _follow(client: Any, key: str, name: str, timeout_s: float, pause_s: float) -> dict[str, Any]:
+def _follow(client: Any, key: str, name: str) -> dict[str, Any]:
     """A query's last word; one that is left behind is stopped, for it would go on costing."""
-    ended, until = False, time.monotonic() + timeout_s
+    state, until = "", time.monotonic() + TIMEOUT_S
     try:
-        while time.monotonic() < until:
+        while state not in ENDED:
+            if time.monotonic() > until:
+                raise AthenaError(f"{name} was stopped: it took longer than {TIMEOUT_S} s")
+            time.sleep(PAUSE_S)
             told = client.get_query_execution(QueryExecutionId=key)["QueryExecution"]
-            if ended := told["Status"]["State"] in ENDED:
-                if told["Status"]["State"] != "SUCCEEDED":
-                    reason = told["Status"].get("StateChangeReason", "no reason given")
-                    raise AthenaError(f"{name} {told['Status']['State'].lower()}: {reason}")
-                return told
-            time.sleep(pause_s)
-        raise AthenaError(f"{name} was stopped: it took longer than {timeout_s:.0f} s")
+            state = told["Status"]["State"]
     finally:
-        if not ended:
+        if state not in ENDED:
             client.stop_query_execution(QueryExecutionId=key)
+    if state != "SUCCEEDED":
+        reason = told["Status"].get("StateChangeReason", "no reason given")
+        raise AthenaError(f"{name} {state.lower()}: {reason}")
+    return told
