@@ -152,7 +152,6 @@ def web(server, monkeypatch):
     monkeypatch.setattr(polite, "sleep", sleep)
     monkeypatch.setattr(polite, "gate", polite.Gate())
     monkeypatch.setattr(polite, "policy", polite.Policy(requests_per_s=1e9, retries=2, timeout_s=5))
-    polite.traffic.clear()
     fsspec.filesystem("http")._infos.clear()
     yield server
     server.let_go.set()
@@ -199,9 +198,7 @@ def test_from_disk_each_row_gets_its_own_bytes(rows, local):
 
 def test_over_http_the_same_in_few_requests(web, rows, local):
     assert plain(read_ranges(web.uri, rows)) == local
-    assert len(web.seen) == len({row["warc_filename"] for row in rows}) == polite.traffic["requests"]
-    asked = sum(end - start for _, start, end, *_ in web.seen)
-    assert sum(row["warc_record_length"] for row in rows) <= polite.traffic["bytes"] <= asked
+    assert len(web.seen) == len({row["warc_filename"] for row in rows})
     agent, coding = (web.seen[0][4][name] for name in ("User-Agent", "Accept-Encoding"))
     assert agent.startswith("crawl-to-model-kit/") and coding == "identity"
 
@@ -209,7 +206,8 @@ def test_over_http_the_same_in_few_requests(web, rows, local):
 def test_with_no_gap_allowed_only_the_records_travel(web, few):
     got = plain(read_ranges(web.uri, few[::2], gap_bytes=0))
     assert got == plain(read_ranges(str(SAMPLE), few[::2]))
-    assert polite.traffic["bytes"] == sum(row["warc_record_length"] for row in few[::2])
+    asked = [end - start for _, start, end, *_ in web.seen]
+    assert asked == [row["warc_record_length"] for row in few[::2]]
 
 
 # fault, its name, whether another try may help
@@ -248,7 +246,7 @@ def test_a_fault_that_stays_is_told_by_name_after_bounded_tries(web, few, fault,
     assert Counter(plain(read_ranges(web.uri, few))) == {reason: len(few)}
     assert time.monotonic() - began < 10
     assert may_retry(reason) == again
-    smaller = reason in fetch.SMALLER_MAY_WORK
+    smaller = reason.endswith(fetch.SMALLER_MAY_WORK)
     hops = polite.MAX_REDIRECTS + 1 if "too many" in reason else 1
     assert len(web.seen) == hops * (1 + again) * (1 + polite.GIVE_UP_AFTER * smaller) - smaller
 
@@ -258,13 +256,12 @@ def test_a_fault_that_passes_costs_one_retry_and_nothing_else(web, few, fault):
     polite.configure(timeout_s=0.5, min_bytes_per_s=1e9)
     web.faults = iter([fault])
     assert plain(read_ranges(web.uri, few)) == plain(read_ranges(str(SAMPLE), few))
-    assert polite.traffic["retries"] == 1 and len(web.slept) >= 1
+    assert len(web.seen) == 2 and len(web.slept) >= 1
 
 
 def test_a_body_for_an_ignored_range_is_not_read(web, few):
     web.faults = forever("range ignored")
     list(read_ranges(web.uri, few))
-    assert polite.traffic["bytes"] == 0
     assert web.sent < 1 << 24, "more than what the sockets' buffers hold was sent"
 
 
@@ -345,7 +342,7 @@ def test_a_plan_covers_every_row_in_order_and_within_bounds(seed):
 
 
 def test_pauses_grow_and_stay_bounded(web, few):
-    polite.configure(retries=9, max_pause_s=60)
+    polite.configure(retries=9)
     web.faults = iter([403] * 9)
     assert len(plain(read_ranges(web.uri, few[:1]))[0]) == few[0]["warc_record_length"]
     times = [seen[3] for seen in web.seen]
@@ -355,7 +352,6 @@ def test_pauses_grow_and_stay_bounded(web, few):
         longest = min(60, 2**tried)
         assert longest / 2 <= gap <= longest + 0.01
     assert len({round(g / min(60, 2**n), 3) for n, g in enumerate(gaps)}) > 3, "no jitter"
-    assert polite.traffic["pauses_s"] == pytest.approx(sum(gaps), abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -371,13 +367,12 @@ def test_pauses_grow_and_stay_bounded(web, few):
     ],
 )
 @pytest.mark.parametrize("status", [403, 429, 503])
-def test_retry_after_is_honoured_and_capped(web, few, status, told, least, most, caplog):
+def test_retry_after_is_honoured_and_capped(web, few, status, told, least, most):
     if told.startswith("in"):
         told = email.utils.formatdate(time.time() + int(told.split()[1]), usegmt=True)
     web.faults = iter([(status, {"Retry-After": told})])
     list(read_ranges(web.uri, few))
     assert least <= web.seen[1][3] - web.seen[0][3] <= most
-    assert ("100000 s of rest, gets 300 s" in caplog.text) == (told == "100000")
 
 
 def test_a_pause_holds_for_all_requests_to_that_host_and_for_no_other(web, few):
@@ -457,7 +452,7 @@ def test_a_file_over_http_is_a_file(web, few):
         and fs.cat_file(uri, 5, -5) == data[5:-5]
     )
     assert fs.cat_file(uri, len(data) - 3, len(data) + 99) == data[-3:] and fs.cat_file(uri, 9, 9) == b""
-    assert fs.info(uri)["size"] == len(data) and fs.modified(uri).isoformat() == "2026-01-12T10:00:00+00:00"
+    assert fs.info(uri)["size"] == len(data)
     with fsspec.open(uri, "rb") as f:
         f.seek(-10, io.SEEK_END)
         assert f.read(99) == data[-10:]
@@ -479,7 +474,7 @@ def test_parquet_is_read_by_exact_ranges(web):
         assert f.read(8)[4:] == b"PAR1"
         f.seek(100)
         f.read(5)
-    assert polite.traffic["bytes"] == 1 + 8 + 5 and polite.traffic["requests"] == 3
+    assert [end - start for _, start, end, *_ in web.seen] == [1, 8, 5]
     assert pq.read_table(uri, filesystem=fs, columns=["url"]).equals(pq.read_table(INDEX[0], columns=["url"]))
     assert set(Counter((start, end) for _, start, end, *_ in web.seen).values()) == {1}, (
         "nothing is asked for twice"
@@ -594,6 +589,7 @@ def bucket(s3, few):  # noqa: F811
 def quick(web):
     """A policy for S3: its requests go through the same gate, on a clock that costs nothing."""
     polite.configure(retries=1, timeout_s=5)
+    return web
 
 
 def test_over_s3_the_same_in_few_requests(bucket, quick, few):
@@ -601,7 +597,7 @@ def test_over_s3_the_same_in_few_requests(bucket, quick, few):
     late = [few[0] | {"warc_record_offset": size + n} for n in (-9, 0, 1 << 30)]
     got = plain(read_ranges(bucket, few + late))
     assert got == plain(read_ranges(str(SAMPLE), few)) + [END] * 3
-    assert polite.traffic["requests"] == 2 and polite.traffic["retries"] == 0
+    assert len(list(plan_ranges(few + late))) == 2 and not quick.slept
 
 
 def test_a_missing_object_and_a_missing_bucket(bucket, quick, few):
@@ -611,13 +607,13 @@ def test_a_missing_object_and_a_missing_bucket(bucket, quick, few):
         "archive file missing",
         "fetch: HTTP 403",
     }
-    assert polite.traffic["retries"] == 0
+    assert not quick.slept
 
 
 def test_wrong_and_no_credentials(bucket, quick, few, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     assert set(plain(read_ranges(bucket, few))) == {"fetch: HTTP 403"}
-    assert polite.traffic["retries"] == 0 and may_retry("fetch: HTTP 403")
+    assert not quick.slept and may_retry("fetch: HTTP 403")
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -18,18 +18,15 @@ from fsspec.spec import AbstractFileSystem
 from kit import resolve
 from kit.data import polite
 from kit.data.archive import RecordError
-from kit.data.polite import GIVE_UP_AFTER, Missing, PoliteHTTP, configure, may_retry, traffic
+from kit.data.polite import GIVE_UP_AFTER, Missing, configure, may_retry
 
-__all__ = ["PoliteHTTP", "Read", "configure", "may_retry", "plan_ranges", "read_ranges", "traffic"]
+__all__ = ["Read", "configure", "may_retry", "plan_ranges", "read_ranges"]
 
 Row = dict[str, Any]
-GAP_BYTES, MAX_BYTES = 1 << 20, 16 << 20
-SMALLER_MAY_WORK = {
-    f"fetch: {x}" for x in ("timeout", "connection reset", "short body", "wrong Content-Range")
-} | {"archive file unreadable"}
+SMALLER_MAY_WORK = ("timeout", "connection reset", "short body", "wrong Content-Range", "unreadable")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Read:
     """One read for several rows of one file: bytes `start` to `end` (not included)."""
 
@@ -39,9 +36,7 @@ class Read:
     rows: list[Row]
 
 
-def plan_ranges(
-    rows: Iterable[Row], gap_bytes: int = GAP_BYTES, max_bytes: int = MAX_BYTES
-) -> Iterator[Read]:
+def plan_ranges(rows: Iterable[Row], gap_bytes: int = 1 << 20, max_bytes: int = 16 << 20) -> Iterator[Read]:
     """Reads that cover `rows` in their order; neighbours no more than `gap_bytes` apart are read together.
 
     Rows should be sorted by file and offset; others are read right, but in more reads. A read of several rows is no
@@ -54,7 +49,7 @@ def plan_ranges(
         if read and read.file == row["warc_filename"] and read.start <= start <= read.end + gap_bytes:
             both = max(read.end, end)
             if read.start < read.end and start < end and both - read.start <= max_bytes:
-                read = replace(read, end=both)
+                read.end = both
                 read.rows.append(row)
                 continue
         if read:
@@ -64,21 +59,19 @@ def plan_ranges(
         yield read
 
 
-def read_ranges(
-    base: str, rows: Iterable[Row], gap_bytes: int = GAP_BYTES, max_bytes: int = MAX_BYTES
-) -> Iterator[tuple[Row, bytes | RecordError]]:
+def read_ranges(base: str, rows: Iterable[Row], **limits: int) -> Iterator[tuple[Row, bytes | RecordError]]:
     """Every row with its record's bytes as stored, or with the error that names why not; in the rows' order.
 
-    `base` is where the `warc_filename`s lie: a folder, http(s):// or s3://. One read is in memory at a time, a
-    record longer than `max_bytes` as a whole. Raises nothing for a record; `ValueError` or `ImportError` where
+    `base` is where the `warc_filename`s lie: a folder, http(s):// or s3://; `limits` are `plan_ranges`'s. One read is
+    in memory at a time, a record longer than `max_bytes` as a whole. Raises nothing for a record; `ValueError` or `ImportError` where
     nothing here can read `base`. Whether the bytes are the right ones is checked by URL and digest afterwards.
     """
     fs, root = fsspec.core.url_to_fs(resolve(base))
     if "s3" in fs.protocol:
         fs = _patient_s3(fs)
-    for read in plan_ranges(rows, gap_bytes, max_bytes):
+    for read in plan_ranges(rows, **limits):
         found = _fetch(fs, root, read)
-        if isinstance(found, bytes) or len(read.rows) == 1 or found.reason not in SMALLER_MAY_WORK:
+        if len(read.rows) == 1 or isinstance(found, bytes) or not found.reason.endswith(SMALLER_MAY_WORK):
             yield from _shares(read, found)
             continue
         failed = 0
@@ -92,13 +85,13 @@ def read_ranges(
 def _shares(read: Read, found: bytes | RecordError) -> Iterator[tuple[Row, bytes | RecordError]]:
     """Each row's own bytes out of what a read found; a failure is shared by all."""
     for row in read.rows:
-        share: bytes | RecordError = found
-        if isinstance(found, bytes):
-            start = row["warc_record_offset"] - read.start
-            share = found[start : start + row["warc_record_length"]]
-            if len(share) < row["warc_record_length"]:
-                share = RecordError("range past end of file")
-        yield row, share
+        if not isinstance(found, bytes):
+            yield row, found
+            continue
+        start = row["warc_record_offset"] - read.start
+        share = found[start : start + row["warc_record_length"]]
+        whole = len(share) == row["warc_record_length"]
+        yield row, share if whole else RecordError("range past end of file")
 
 
 def _fetch(fs: AbstractFileSystem, root: str, read: Read) -> bytes | RecordError:
@@ -128,14 +121,11 @@ def _patient_s3(fs: Any) -> Any:
 def _s3_range(fs: Any, bucket: str, path: str, start: int, end: int) -> bytes:
     """A range of an S3 object; back-off and time-outs are HTTP's, the rate is not: a bucket serves thousands a second."""
     polite.gate.wait(bucket, limited=False)
-    polite.count(requests=1)
     limit = polite.policy.timeout_s + (end - start) / polite.policy.min_bytes_per_s
     try:
-        data = sync(fs.loop, asyncio.wait_for, fs._cat_file(path, start=start, end=end), limit)
+        return sync(fs.loop, asyncio.wait_for, fs._cat_file(path, start=start, end=end), limit)
     except Exception as error:
         named = polite.named(error, "s3://" + path)
         if named.reason == "fetch: HTTP 416":
             return b""
         raise named from None
-    polite.count(bytes=len(data))
-    return data

@@ -10,7 +10,6 @@ Not bounded: the name resolver (it has time-outs of its own) and a TLS handshake
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import random
 import re
@@ -21,41 +20,36 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import fsspec
 import requests
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from requests.adapters import HTTPAdapter
+from urllib3 import Retry
+from urllib3.exceptions import InvalidHeader
 
 from kit import KitError, __version__
 
-T = TypeVar("T")
-HEADERS = {
-    "User-Agent": f"crawl-to-model-kit/{__version__} (polite range reader)",
-    "Accept": "*/*",
-    "Accept-Encoding": "identity",
-}
+USER_AGENT = f"crawl-to-model-kit/{__version__} (polite range reader)"
 READ_AHEAD_BYTES, PIECE_BYTES = 1 << 20, 1 << 18
 INFO_S, MAX_REDIRECTS, GIVE_UP_AFTER = 60.0, 5, 3
+PAUSE_S, MAX_PAUSE_S, MAX_RETRY_AFTER_S = 1.0, 60.0, 300.0
 CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)", re.IGNORECASE)
 TRANSIENT = re.compile(
     r"fetch: (HTTP (403|408|425|429|5(?!01|05)\d\d)|timeout|connection reset|no connection|TLS error"
     r"|short body|wrong Content-Range|no credentials)|archive file unreadable"
 )
 KINDS = {
-    "Timeout": "fetch: timeout",
-    "Credential": "fetch: no credentials",
-    "Incomplete|Payload": "fetch: short body",
-    "SSL|Certificate": "fetch: TLS error",
-    "NewConnection|NameResolution|Endpoint|Connector|Refused|Proxy": "fetch: no connection",
-    "Connection|Protocol|BrokenPipe|Disconnected|HTTPClient|Streaming": "fetch: connection reset",
+    "Timeout": "timeout",
+    "Credential": "no credentials",
+    "Incomplete|Payload": "short body",
+    "SSL|Certificate": "TLS error",
+    "NewConnection|NameResolution|Endpoint|Connector|Refused|Proxy": "no connection",
+    "Connection|Protocol|BrokenPipe|Disconnected|HTTPClient|Streaming": "connection reset",
 }
 """Reasons by the class names in a chain of errors, first match; requests, urllib3, botocore and aiohttp alike."""
-log = logging.getLogger(__name__)
 clock, sleep = time.monotonic, time.sleep
 
 
@@ -74,17 +68,13 @@ class Missing(FetchError, FileNotFoundError):
 
 @dataclass(frozen=True)
 class Policy:
-    """How this process asks; `configure` changes it. Times in seconds."""
+    """How this process asks; `configure` changes it."""
 
     requests_per_s: float = 10.0
     retries: int = 6
     timeout_s: float = 30.0
     """For connecting, for silence and for an answer's head; a body has this and what its least speed gives it."""
     min_bytes_per_s: float = 32 << 10
-    pause_s: float = 1.0
-    """First back-off; it doubles up to `max_pause_s`."""
-    max_pause_s: float = 60.0
-    max_retry_after_s: float = 300.0
 
 
 class Gate:
@@ -110,18 +100,13 @@ class Gate:
     def pause(self, host: str, tried: int, wait_s: float) -> None:
         """Let nobody ask `host` for a while: longer with every try, at least what it asked for itself."""
         # jitter: tasks that were refused together must not come back together
-        delay = min(policy.max_pause_s, policy.pause_s * 2**tried) * random.uniform(0.5, 1)
-        if wait_s > policy.max_retry_after_s:
-            log.warning("%s asks for %.0f s of rest, gets %.0f s", host, wait_s, policy.max_retry_after_s)
-        delay = max(delay, min(wait_s, policy.max_retry_after_s))
+        delay = min(MAX_PAUSE_S, PAUSE_S * 2**tried) * random.uniform(0.5, 1)
+        delay = max(delay, min(wait_s, MAX_RETRY_AFTER_S))
         with self.lock:
-            traffic["pauses_s"] += delay
             self.paused[host] = max(self.paused.get(host, 0.0), clock() + delay)
 
 
 policy, gate = Policy(), Gate()
-traffic: Counter[str] = Counter()
-"""What this process asked for and got over the network: `requests`, `retries`, `bytes` (of bodies), `pauses_s`."""
 
 
 def configure(**changes: float) -> None:
@@ -130,25 +115,18 @@ def configure(**changes: float) -> None:
     policy = replace(policy, **changes)
 
 
-def count(**more: float) -> None:
-    """Add to `traffic`."""
-    with gate.lock:
-        traffic.update(more)
-
-
 def may_retry(reason: str) -> bool:
     """Whether a rerun should ask again for a record that failed for `reason`.
 
-    Not for what another try does not change: nothing there (404, 410), a range past the end of the file, a server
-    that ignores ranges, a request refused for good (400, 401, other 4xx), damage in the bytes themselves.
+    Not for what another try does not change: nothing there, a range past the end of the file, a server that
+    ignores ranges, a request refused for good (400, 401, other 4xx), damage in the bytes themselves.
     """
     return TRANSIENT.fullmatch(reason) is not None
 
 
 def shown(uri: str) -> str:
     """`uri` without what may be secret: user, password, query (signatures) and fragment."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=host_of(uri), query="", fragment="").geturl()
+    return urlsplit(uri)._replace(netloc=host_of(uri), query="", fragment="").geturl()
 
 
 def host_of(url: str) -> str:
@@ -156,23 +134,21 @@ def host_of(url: str) -> str:
     return urlsplit(url).netloc.rpartition("@")[2].lower()
 
 
-def persist(host: str, attempt: Callable[[], T]) -> T:
+def persist(host: str, attempt: Callable[[], Any]) -> Any:
     """`attempt` until it works, fails for good, or has used up its tries; raises the last `FetchError`."""
-    tries = 1 if gate.given_up[host] >= GIVE_UP_AFTER else policy.retries + 1
-    for tried in range(tries):
-        count(retries=tried > 0)
+    for tried in range(1 if gate.given_up[host] >= GIVE_UP_AFTER else policy.retries + 1):
         try:
             result = attempt()
         except FetchError as error:
-            if error.again:
-                gate.pause(host, tried, error.wait_s)
-                gate.given_up[host] += tried + 1 == tries
-            if not error.again or tried + 1 == tries:
+            if not error.again:
                 raise
+            gate.pause(host, tried, error.wait_s)
+            last = error
         else:
             gate.given_up[host] = 0
             return result
-    raise AssertionError("one try at least")
+    gate.given_up[host] += 1
+    raise last
 
 
 def named(error: Exception, uri: str) -> FetchError:
@@ -182,9 +158,7 @@ def named(error: Exception, uri: str) -> FetchError:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return Missing("fetch: HTTP 404", uri)
     answer = getattr(error.__cause__ or error, "response", None)
-    if isinstance(
-        answer, dict
-    ):  # botocore; what S3 refuses with 403 it refuses for good, too fast is its 503
+    if isinstance(answer, dict):  # botocore; S3 refuses with 403 for good, its "too fast" is 503
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return FetchError(f"fetch: HTTP {status}", uri, again=status >= 429)
     chain = [error]
@@ -194,7 +168,7 @@ def named(error: Exception, uri: str) -> FetchError:
     names = " ".join(type(e).__name__ for e in chain)
     for pattern, reason in KINDS.items():
         if re.search(pattern, names):
-            return FetchError(reason, uri, again=False if "credentials" in reason else None)
+            return FetchError(f"fetch: {reason}", uri, again=False if reason == "no credentials" else None)
     if isinstance(error, OSError) and "://" not in uri:
         return FetchError("archive file unreadable", uri, again=False)
     return FetchError(f"fetch: {type(error).__name__}", uri)
@@ -213,25 +187,22 @@ os.register_at_fork(after_in_child=_start_afresh)
 class _InTime:
     """A connection whose answer's head is there in time: a socket's own time-out starts anew with every byte."""
 
-    late = False
-
     def getresponse(self) -> Any:
-        watch = threading.Timer(policy.timeout_s, self.hang_up)
+        end = time.monotonic() + policy.timeout_s
+        watch = threading.Timer(policy.timeout_s, _hang_up, [self.sock])
         watch.daemon = True
         watch.start()
         try:
             return super().getresponse()
         finally:
             watch.cancel()
-            if self.late:
+            if time.monotonic() >= end:  # a head cut off by hanging up would pass for a whole one
                 raise TimeoutError
 
-    def hang_up(self) -> None:
-        self.late = True
-        with suppress(
-            Exception
-        ):  # whatever its state; the plain method, for TLS's own is not for another thread
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+def _hang_up(sock: socket.socket) -> None:
+    with suppress(Exception):  # closed meanwhile; the plain method, for TLS's own is not for another thread
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 class _Adapter(HTTPAdapter):
@@ -245,7 +216,7 @@ class _Adapter(HTTPAdapter):
 @functools.cache
 def _session() -> requests.Session:
     session = requests.Session()
-    session.headers = HEADERS
+    session.headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
     for scheme in PoliteHTTP.protocol:
         session.mount(f"{scheme}://", _Adapter(pool_maxsize=32))
     return session
@@ -255,7 +226,6 @@ def _ask(url: str, wanted: str) -> requests.Response:
     """The answer to one GET for a range, its body unread, redirects followed; raises `FetchError`."""
     for _ in range(MAX_REDIRECTS + 1):
         gate.wait(host_of(url))
-        count(requests=1)
         try:
             asked = _session().prepare_request(requests.Request("GET", url, {"Range": wanted}))
             settings = _session().merge_environment_settings(url, {}, True, None, None)
@@ -272,49 +242,31 @@ def _ask(url: str, wanted: str) -> requests.Response:
     raise FetchError("fetch: too many redirects", url)
 
 
-def _check(answer: requests.Response, url: str) -> None:
-    """Raises `FetchError` for a status that is not 2xx."""
-    status = answer.status_code
-    if status in (404, 410):
-        raise Missing(f"fetch: HTTP {status}", url)
-    if not 200 <= status < 300:
-        wait_s = _retry_after(answer.headers.get("Retry-After", "").strip())
-        raise FetchError(f"fetch: HTTP {status}", url, wait_s=wait_s)
-
-
-def _retry_after(text: str) -> float:
-    """Seconds that a `Retry-After` asks for, in either of its forms; 0 where it says nothing usable."""
-    if re.fullmatch(r"\d{1,9}", text):
-        return float(text)
-    date = _time(text)
-    return max(0.0, (date - datetime.now(UTC)).total_seconds()) if date else 0.0
-
-
-def _time(text: str | None) -> datetime | None:
-    """A date of HTTP's, or None."""
-    with suppress(ValueError, TypeError, OverflowError):
-        return parsedate_to_datetime(text).astimezone(UTC)
-    return None
+def _refusal(answer: requests.Response, url: str) -> FetchError:
+    """The error for a status that brings no part of a file, with the seconds that its `Retry-After` asks for."""
+    status, wait_s = answer.status_code, 0.0
+    if 200 <= status < 300:
+        return FetchError("fetch: range ignored", url)
+    with suppress(InvalidHeader, ValueError, OverflowError):
+        wait_s = Retry().parse_retry_after(answer.headers.get("Retry-After", ""))
+    return (Missing if status in (404, 410) else FetchError)(f"fetch: HTTP {status}", url, wait_s=wait_s)
 
 
 def _body(answer: requests.Response, length: int, url: str) -> bytes:
     """Exactly `length` bytes of a body, in the time its length allows."""
-    pieces, have = [], 0
-    deadline = time.monotonic() + policy.timeout_s + length / policy.min_bytes_per_s
-    while have < length:
+    data, deadline = bytearray(), time.monotonic() + policy.timeout_s + length / policy.min_bytes_per_s
+    while len(data) < length:
         if time.monotonic() > deadline:
             raise FetchError("fetch: timeout", url)
         try:
             # read1 returns what one packet brought, so a dripping body comes back here
-            piece = answer.raw.read1(min(length - have, PIECE_BYTES), decode_content=False)
+            piece = answer.raw.read1(min(length - len(data), PIECE_BYTES), decode_content=False)
         except Exception as error:
             raise named(error, url) from None
         if not piece:
             raise FetchError("fetch: short body", url)
-        count(bytes=len(piece))
-        pieces.append(piece)
-        have += len(piece)
-    return b"".join(pieces)
+        data += piece
+    return bytes(data)
 
 
 def _range(url: str, start: int, end: int) -> tuple[bytes, dict[str, Any]]:
@@ -322,19 +274,16 @@ def _range(url: str, start: int, end: int) -> tuple[bytes, dict[str, Any]]:
     with closing(_ask(url, f"bytes={start}-{end - 1}")) as answer:
         told = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
         size = int(told[3]) if told and told[3] != "*" else None
-        if answer.status_code == 416:
-            data = b""
-        else:
-            _check(answer, url)
-            if answer.status_code != 206:
-                raise FetchError("fetch: range ignored", url)
+        data = b""
+        if answer.status_code == 206:
             first, stop = (int(told[1]), int(told[2]) + 1) if told and told[1] else (-1, -1)
             if first != start or not (stop == end or (start < stop < end and stop == size)):
                 raise FetchError("fetch: wrong Content-Range", url)
             data = _body(answer, stop - start, url)
-        changed = _time(answer.headers.get("Last-Modified"))
-        tags = {"ETag": answer.headers.get("ETag"), "mtime": changed and changed.timestamp()}
-        return data, {"name": url, "type": "file", "size": size} | tags
+        elif answer.status_code != 416:
+            raise _refusal(answer, url)
+        tag = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+        return data, {"name": url, "type": "file", "size": size, "ETag": tag}
 
 
 class PoliteHTTP(AbstractFileSystem):
@@ -354,11 +303,9 @@ class PoliteHTTP(AbstractFileSystem):
         return path  # the address is the path
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
-        """Name, size in bytes, `ETag` and `mtime` (s since 1970) of a file; asked for once a minute at most."""
+        """Name, size in bytes and `ETag` (or time of the last change); asked for once a minute at most."""
         if path.endswith("/") or "*" in path:
-            raise FetchError(
-                f"nothing can be listed over HTTP; instead of {shown(path)} give each file's address"
-            )
+            raise FetchError("nothing can be listed over HTTP; give each file's address instead", path)
         asked, info = self._infos.get(path, (-INFO_S, {}))
         if clock() - asked >= INFO_S:
             # not HEAD: signed addresses and many servers refuse it, and this tells as well whether ranges work
@@ -379,20 +326,9 @@ class PoliteHTTP(AbstractFileSystem):
         """Whether the address looks like a folder's."""
         return path.endswith("/")
 
-    def find(
-        self, path: str, maxdepth: Any = None, withdirs: bool = False, detail: bool = False, **_: Any
-    ) -> Any:
+    def find(self, path: str, *_: Any, **__: Any) -> list[str]:
         """The file itself; raises `FetchError` for a folder."""
-        info = self.info(path)
-        return {path: info} if detail else [path]
-
-    def glob(self, path: str, maxdepth: Any = None, **_: Any) -> Any:
-        """The file itself if it is there (a `?` begins a query); raises `FetchError` for a pattern."""
-        return [path] if self.exists(path) else []
-
-    def modified(self, path: str) -> datetime:
-        """Last-Modified, or 1970 where the server does not say."""
-        return datetime.fromtimestamp(self.info(path)["mtime"] or 0, UTC)
+        return [self.info(path)["name"]]
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes of a file from `start` to `end` (not included), fewer where the file ends before."""
@@ -405,17 +341,16 @@ class PoliteHTTP(AbstractFileSystem):
         """Parquet is read by exact ranges, anything else `block_size` bytes ahead (0: exactly)."""
         if mode != "rb":
             raise FetchError("HTTP is read-only", path)
-        ahead = 0 if urlsplit(path).path.endswith(".parquet") else READ_AHEAD_BYTES
-        ahead = ahead if block_size is None else block_size
-        cache = "readahead" if ahead else "none"
-        return HTTPFile(self, path, mode, ahead or 1 << 16, cache_type=cache, size=self.info(path)["size"])
+        if block_size is None:
+            block_size = 0 if urlsplit(path).path.endswith(".parquet") else READ_AHEAD_BYTES
+        cache, size = "readahead" if block_size else "none", self.info(path)["size"]
+        return HTTPFile(self, path, mode, block_size or 1 << 16, cache_type=cache, size=size)
 
 
 class HTTPFile(AbstractBufferedFile):
     """A seekable file opened over HTTP, as long as it was when it was opened."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
-        end = min(end, self.size)
         data = self.fs.cat_file(self.path, start, end)
         if len(data) < end - start:
             raise FetchError("fetch: short body", self.path)

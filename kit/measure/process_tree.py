@@ -13,9 +13,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -23,9 +23,7 @@ import psutil
 from kit import ROOT
 
 INTERVAL_S, TICK_S = 0.2, 0.01
-ONE_THREAD = dict.fromkeys(
-    ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1"
-)
+ONE_THREAD = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL", "ARROW")}
 
 
 class Tree:
@@ -39,8 +37,7 @@ class Tree:
         self.parent: dict[psutil.Process, psutil.Process | None] = {root: None}
         self.cpu = {root: (0.0, 0.0)}
         self.rss_mb = {root: 0.0}
-        self.alive = {root}
-        self.below_java: set[psutil.Process] = set()
+        self.alive, self.below_java = {root}, set()
         self.lock = threading.Lock()
 
     def sample(self) -> None:
@@ -50,9 +47,8 @@ class Tree:
             self.alive = set()
             for p in psutil.process_iter(["ppid", "name"]):
                 try:
-                    if not (
-                        p in self.parent or p.info["ppid"] in followed or os.getsid(p.pid) == self.root.pid
-                    ):
+                    ours = p in self.parent or p.info["ppid"] in followed
+                    if not ours and os.getsid(p.pid) != self.root.pid:
                         continue
                     t, rss = p.cpu_times(), p.memory_info().rss / 1e6
                 except (psutil.Error, OSError):  # gone meanwhile: what it had at the last sample stays
@@ -67,14 +63,12 @@ class Tree:
 
     def seconds(self) -> float:
         """CPU seconds so far. Of dead children counts what the parent was told, or what was seen if that is more."""
-        children = defaultdict(list)
-        for p, parent in self.parent.items():
-            children[parent].append(p)
 
         def of(p: psutil.Process) -> float:
             own, waited = self.cpu[p]
-            dead = sum(of(c) for c in children[p] if c not in self.alive)
-            return own + max(waited, dead) + sum(of(c) for c in children[p] if c in self.alive)
+            children = [c for c, parent in self.parent.items() if parent == p]
+            dead = sum(of(c) for c in children if c not in self.alive)
+            return own + max(waited, dead) + sum(of(c) for c in children if c in self.alive)
 
         return of(self.root)
 
@@ -98,6 +92,10 @@ class Measured:
         (wall_a, cpu_a), (wall_b, cpu_b) = self.marks[first], self.marks[last]
         return wall_b - wall_a, max(cpu_b - cpu_a, TICK_S)
 
+    def steps(self) -> dict[str, float]:
+        """CPU seconds between neighbouring marks, named by the later one."""
+        return {b: round(self.span(a, b)[1], 2) for a, b in pairwise(self.marks)}
+
 
 def mark(name: str) -> None:
     """Said by the program that is measured: here is a point to take the time at."""
@@ -110,10 +108,7 @@ def measure(function: str, arguments: dict[str, Any], python: str = sys.executab
     One thread for each numeric library, so that CPU seconds are those of one core. The function may call `mark`.
     """
     module, _, name = function.partition(":")
-    code = (
-        f"import json, sys; from {module} import {name}; "
-        f"print('RESULT', json.dumps({name}(**json.loads(sys.argv[1]))))"
-    )
+    code = f"import json, sys; from {module} import {name} as f; print('RESULT', json.dumps(f(**json.loads(sys.argv[1]))))"
     env = {k: v for k, v in os.environ.items() if k != "KIT_PROGRESS_FILE"} | ONE_THREAD
     found, started, stop = Measured(), time.perf_counter(), threading.Event()
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
