@@ -411,7 +411,7 @@ def code_identity(stage: str) -> dict[str, Any]:
     try:
         sha = git(["git", "rev-parse", "HEAD"]).stdout.strip() or None
         dirty = bool(git(["git", "status", "--porcelain", "--", "kit", "notebooks"]).stdout.strip())
-    except OSError:  # no git, or no folder, as in a zip on a cluster: the source hash below still says which code ran
+    except OSError:  # no git, or a zip on a cluster: the source hash below still says which code ran
         sha, dirty = None, False
     return {"git_sha": sha, "dirty": dirty, "source_sha256": source_sha256(stage)}
 
