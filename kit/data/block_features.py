@@ -7,14 +7,30 @@ the heading above it and the containers around it begin with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import repeat
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from kit.data.blocks import Blocks
 
+@dataclass(frozen=True)
+class Blocks:
+    """A walked page: its text blocks in reading order and the tree of containers they lie in.
+
+    `rows` has `COLUMNS` per block, flat. A container is a block-level element that holds at least one block: the
+    number of its parent, of its first block, one past that of its last, and of its start tag among the page's.
+    """
+
+    title: str
+    texts: list[str]
+    rows: list[int]
+    parents: list[int]
+    starts: list[int]
+    ends: list[int]
+    kinds: list[int]
+
+
+COLUMNS = ("container", "flags", "own", "depth", "link_chars", "links", "breaks", "buttons", "row")
 _TAGS = (
     "div p li h1 h2 h3 h4 td th blockquote pre dt dd caption article summary address header section form tr"
 )

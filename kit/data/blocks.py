@@ -16,7 +16,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,12 @@ from kit.data.block_features import (
     BIT,
     BLOCK_TAGS,
     CLASS_WORDS,
+    COLUMNS,
     NAMES,
     PRE,
     RANK,
     UNSEEN,
+    Blocks,
     features,
 )
 
@@ -70,24 +71,6 @@ _steps: dict[str, Step] = dict(_CLOSE)
 _words: dict[str, int] = {}
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """A walked page: its text blocks in reading order and the tree of containers they lie in.
-
-    `rows` has `COLUMNS` per block, flat. A container is a block-level element that holds at least one block: the
-    number of its parent, of its first block, one past that of its last, and of its start tag among the page's.
-    """
-
-    title: str
-    texts: list[str]
-    rows: list[int]
-    parents: list[int]
-    starts: list[int]
-    ends: list[int]
-    kinds: list[int]
-
-
-COLUMNS = ("container", "flags", "own", "depth", "link_chars", "links", "breaks", "buttons", "row")
 _NESTING = re.compile(
     r"<(/?)(address|article|aside|blockquote|center|details|dialog|dir|div|dl|fieldset|figcaption|figure|footer|form"
     r"|h\d|header|hgroup|listing|main|menu|nav|ol|pre|search|section|summary|ul)\b[^>]*>?",
