@@ -177,6 +177,36 @@ def test_a_page_that_breaks_hangs_or_crashes_the_extractor_takes_no_other_along(
     ]
 
 
+GERMAN = "<p>Der Fischer ging am frühen Morgen zum Hafen, weil das Boot nicht mehr warten konnte.</p>" * 5
+
+
+@pytest.mark.parametrize(
+    "html, values, reason",
+    [
+        ("<nav>Home</nav><p>Only four words here</p>", {}, "prefilter: words"),
+        (GERMAN, {"keep_languages": ["en"]}, "prefilter: language"),
+        (GERMAN, {"keep_languages": ["en", "de"]}, None),
+        (GERMAN, {"min_words": 500}, "prefilter: words"),
+        ("<p>12 345 678 90 1 2 3</p>", {"keep_languages": ["en"], "min_words": 1}, None),  # no sure language
+    ],
+)
+def test_the_prefilter_drops_what_all_text_of_a_page_rules_out(
+    html: str, values: dict, reason: str | None
+) -> None:
+    made = page(html.encode())
+    assert extract_page(row(), made, ExtractText(**values))["text"]  # off unless asked for
+    if reason is None:
+        kept = extract_page(row(), made, ExtractText(prefilter=True, **values))
+        assert kept == extract_page(row(), made, ExtractText())
+    else:
+        with pytest.raises(archive.RecordError, match=reason):
+            extract_page(row(), made, ExtractText(prefilter=True, **values))
+
+
+def test_a_prefiltered_page_is_dropped_and_not_failed(tmp_path: Path, two_pages: list[dict]) -> None:
+    assert lost(tmp_path, two_pages, prefilter=True) == [("prefilter: words", "dropped")] * 3
+
+
 def test_files_of_two_wrappings_are_each_read_as_they_are(tmp_path: Path) -> None:
     import gzip
 
