@@ -195,6 +195,11 @@ class ExtractText(Cores):
     requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
     retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
 
+    def identity(self) -> dict[str, Any]:
+        """Without a prefilter its thresholds decide nothing here, and moving them must not read a page again."""
+        unused = set() if self.prefilter else {"min_words", "keep_languages"}
+        return {k: v for k, v in super().identity().items() if k not in unused}
+
 
 class WriteYourOwnJob(Cores):
     """21: one function of a record, over archives."""

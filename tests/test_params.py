@@ -8,6 +8,7 @@ from kit.params import (
     STAGES,
     AlignDpo,
     ExploreIndex,
+    ExtractText,
     ParamError,
     RefineText,
     for_stage,
@@ -78,6 +79,12 @@ def test_identity_leaves_out_where_and_how_much():
     a = RefineText(run="a", lake="x", usd_per_hour=1, cores=1).identity()
     assert a == RefineText(run="b", lake="y", usd_per_hour=2, cores=2).identity()
     assert a != RefineText(min_words=51).identity()
+
+
+def test_thresholds_of_later_stages_are_the_extractors_only_with_a_prefilter():
+    assert ExtractText(min_words=1, keep_languages=["en"]).identity() == ExtractText().identity()
+    assert ExtractText(prefilter=True, min_words=1).identity() != ExtractText(prefilter=True).identity()
+    assert ExtractText(prefilter=True).identity() != ExtractText().identity()
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "params").glob("*.yaml")), ids=lambda f: f.name)
