@@ -172,11 +172,8 @@ class QueryWithAthena(Stage):
     )
 
 
-class ExtractText(Cores):
-    """20: pages → documents."""
-
-    stage: ClassVar[str] = "20_extract_text"
-    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+class Extracting(Stage):
+    """What it takes to turn a page into a document, on a cluster or on arrival."""
 
     extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
         "auto",
@@ -192,6 +189,49 @@ class ExtractText(Cores):
     )
     min_words: int = Field(50, description="Gopher: fewest words", ge=0)
     keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
+
+
+class Refining(Stage):
+    """What it takes to tag, mask and judge a document, on a cluster or on arrival."""
+
+    quality_rules: Strings = Field(
+        ["gopher_quality", "gopher_repetition"],
+        description="rule sets that may drop a document: url, gopher_quality, gopher_repetition, c4, fineweb",
+    )
+    tag_rules: Strings = Field(
+        ["url", "c4", "fineweb"], description="rule sets that are measured, too, but drop nothing"
+    )
+    thresholds: Strings = Field(
+        [], description="other bounds of rules: 'c4: sentences >= 3', 'fineweb: short_lines <= 0.8'"
+    )
+    min_lang_score: float = Field(0.65, description="least confidence of the language id", ge=0, le=1)
+    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
+    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
+    max_words: int = Field(100_000, description="Gopher: most words", ge=1)
+    max_duplicate_lines: float = Field(0.3, description="Gopher: share of repeated lines", ge=0, le=1)
+    blocked_urls: str = Field(
+        "",
+        description="file of domains, hosts or URLs to drop, one a line; empty = none",
+        json_schema_extra=PATH,
+    )
+    c4_lines: bool = Field(
+        False, description="keep only the lines that C4 keeps (no menus, no line without a full stop)"
+    )
+    mask_pii: bool = Field(True, description="replace personal data by placeholders such as <EMAIL>")
+    pii_types: Strings = Field(
+        [], description="personal data to look for: email, phone, …; empty = every type"
+    )
+    features: Strings = Field(
+        [], description="what else to tell of a document: keywords, entities, summary, reading_ease"
+    )
+
+
+class ExtractText(Cores, Extracting):
+    """20: pages → documents."""
+
+    stage: ClassVar[str] = "20_extract_text"
+    needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
+
     requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
     retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
 
@@ -215,21 +255,25 @@ class WriteYourOwnJob(Cores):
     max_records: int = Field(0, description="stop after so many records for a quick trial, 0 = all", ge=0)
 
 
-class RefineText(Cores):
+class RefineText(Cores, Refining):
     """30: documents with tags, masks and a verdict."""
 
     stage: ClassVar[str] = "30_refine_text"
     needs: ClassVar[tuple[str, ...]] = ("20_extract_text",)
 
-    quality_rules: Strings = Field(
-        ["gopher_quality", "gopher_repetition"], description="rule sets that may drop a document"
+
+class RefineOnArrival(Extracting, Refining):
+    """31: a file that lands in the drop zone is refined at once."""
+
+    stage: ClassVar[str] = "31_refine_on_arrival"
+
+    arrivals: Strings = Field(
+        ["data_samples/crawl-data"],
+        description="files or folders that the notebook drops into the raw zone, to watch them arrive",
+        json_schema_extra=PATH,
     )
-    min_lang_score: float = Field(0.65, description="least confidence of the language id", ge=0, le=1)
-    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
-    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
-    max_words: int = Field(100_000, description="Gopher: most words", ge=1)
-    max_duplicate_lines: float = Field(0.3, description="Gopher: share of repeated lines", ge=0, le=1)
-    mask_pii: bool = Field(True, description="replace personal data by placeholders such as <EMAIL>")
+    max_arrivals: int = Field(40, description="files dropped by the notebook, at most", ge=1)
+    workers: int = Field(0, description="files refined at the same time, 0 = all this machine's cores", ge=0)
 
 
 class Deduplicate(Cores):
@@ -238,10 +282,23 @@ class Deduplicate(Cores):
     stage: ClassVar[str] = "40_deduplicate"
     needs: ClassVar[tuple[str, ...]] = ("30_refine_text",)
 
+    exact: Strings = Field(
+        ["url", "payload", "text"], description="what makes two documents the same: url, payload, text"
+    )
     ngram: int = Field(5, description="words per shingle", ge=1)
     buckets: int = Field(14, description="LSH bands", ge=1)
     hashes_per_bucket: int = Field(8, description="rows per LSH band", ge=1)
     min_jaccard: float = Field(0.7, description="true Jaccard from which two texts are copies", gt=0, le=1)
+    survivor: Literal["richest", "longest", "earliest", "latest"] = Field(
+        "richest",
+        description="which copy stays: most marked-up reviews and longest, longest, first or last fetched",
+    )
+    boilerplate_pages: int = Field(
+        4, description="a line on so many pages of a host may be boilerplate, 0 = look for none", ge=0
+    )
+    boilerplate_share: float = Field(
+        0.3, description="and it is if it is on this share of the host's pages", gt=0, le=1
+    )
 
 
 class BuildDatasets(Stage):
@@ -259,9 +316,57 @@ class BuildDatasets(Stage):
     prompt_template: str = Field(
         "The review of movie '{item}' is", description="what comes before a review; {item} = its subject"
     )
+    drop_boilerplate: bool = Field(True, description="leave lines that a site repeats out of whole documents")
+    formats: Strings = Field(
+        ["text", "instruction", "chat", "sentiment"],
+        description="JSON Lines to write beside Parquet: text, instruction, chat, sentiment",
+    )
+    instruction_files: Strings = Field(
+        [],
+        description="JSON Lines of instruction, context or input, response or output: rows of their own",
+        json_schema_extra=PATH,
+    )
+    preference_files: Strings = Field(
+        [],
+        description="JSON Lines of prompt, chosen, rejected, such as votes of 90: pairs of their own",
+        json_schema_extra=PATH,
+    )
+    shard_mb: float = Field(64.0, description="size of one shard of the output, uncompressed", gt=0)
     heldout_share: float = Field(0.15, description="share of groups kept for evaluation", gt=0, lt=1)
     min_votes: int = Field(5, description="fewest votes of a review in a preference pair", ge=1)
     min_helpful_gap: float = Field(0.3, description="least difference in helpful share of a pair", ge=0, le=1)
+
+
+class AugmentText(Cores):
+    """51: more training rows out of few."""
+
+    stage: ClassVar[str] = "51_augment_text"
+    zone: ClassVar[str] = "curated"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    operations: Strings = Field(
+        ["synonym_replacement", "synonym_insertion", "word_swap", "word_deletion"],
+        description="EDA operations to apply, each to its own copies",
+    )
+    changed_share: float = Field(
+        0.1, description="share of a row's words that an operation changes", gt=0, le=1
+    )
+    copies: int = Field(1, description="augmented copies of a row for each operation", ge=1)
+
+
+class BalanceTokenization(Cores):
+    """52: tokenising with even partitions, then packing into rows of one length."""
+
+    stage: ClassVar[str] = "52_balance_tokenization"
+    zone: ClassVar[str] = "curated"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    tokenizer: str = Field("smollm2", description="smollm2 (shipped), a hub id or a local folder")
+    partitions: int = Field(64, description="partitions to spread the tokenising load over", ge=1)
+    balance: Literal["huffman", "longest_first", "round_robin", "hash"] = Field(
+        "huffman", description="how documents are put into partitions"
+    )
+    packed_tokens: int = Field(1024, description="length of a packed row, in tokens", ge=8)
 
 
 class Training(Stage):
