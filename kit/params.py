@@ -506,7 +506,15 @@ STAGES: dict[str, type[Stage]] = {
 }
 """The main chain, in the order in which it runs."""
 SIDE_TRIPS: dict[str, type[Stage]] = {
-    cls.stage: cls for cls in (QueryWithAthena, WriteYourOwnJob, BenchmarkData)
+    cls.stage: cls
+    for cls in (
+        QueryWithAthena,
+        WriteYourOwnJob,
+        RefineOnArrival,
+        AugmentText,
+        BalanceTokenization,
+        BenchmarkData,
+    )
 }
 """Stages off the chain: nothing needs their results, and `kit run` runs one only when asked by `--only`."""
 NOTEBOOKS: dict[str, type[Stage]] = dict(sorted({**STAGES, **SIDE_TRIPS}.items()))
