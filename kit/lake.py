@@ -20,7 +20,7 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata, util
@@ -260,13 +260,15 @@ class StageWriter:
         self.inputs.append(Input(uri=uri, content_sha256=fingerprint(uri)))
         return resolve(uri)
 
-    def same_work(self, last: Manifest) -> bool:
-        """Whether `last` was made with the parameters, the inputs (noted so far) and the code of this attempt."""
+    def same_work(self, last: Manifest, but: Set[str] = frozenset()) -> bool:
+        """Whether `last` was made with the parameters, the inputs (noted so far) and the code of this attempt.
+
+        Parameters named in `but` may differ.
+        """
         inputs = [[(i.uri, i.content_sha256) for i in x] for x in (self.inputs, last.inputs)]
         code = code_identity(self.p.stage)["source_sha256"]
-        return (
-            last.params == self.p.identity() and inputs[0] == inputs[1] and last.code["source_sha256"] == code
-        )
+        params = [{k: v for k, v in x.items() if k not in but} for x in (last.params, self.p.identity())]
+        return params[0] == params[1] and inputs[0] == inputs[1] and last.code["source_sha256"] == code
 
     def add(self, output: Output) -> None:
         """List a file that a worker has written with `write_table` or `write_bytes`."""

@@ -126,7 +126,7 @@ class ExploreIndex(Stage):
     )
     archive_paths: Strings = Field(
         [],
-        description="your own WARC/WET/ARC files or folders, instead of an index",
+        description="your own files or folders, instead of an index: WARC/WET/ARC, or CSV, TSV, text, JSON Lines",
         json_schema_extra=PATH,
     )
     domains: Strings = Field([], description="registered domains to keep, empty = all")
@@ -219,7 +219,8 @@ class Refining(Stage):
     )
     mask_pii: bool = Field(True, description="replace personal data by placeholders such as <EMAIL>")
     pii_types: Strings = Field(
-        [], description="personal data to look for: email, phone, …; empty = every type"
+        ["email", "iban", "card", "ipv6", "ipv4", "phone", "national_id", "address"],
+        description="personal data to look for; empty = none",
     )
     features: Strings = Field(
         [], description="what else to tell of a document: keywords, entities, summary, reading_ease"
@@ -234,6 +235,8 @@ class ExtractText(Cores, Extracting):
 
     requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
     retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
+    text_column: str = Field("", description="column of your own files with the text, empty = by its name")
+    rating_column: str = Field("", description="column with the rating, empty = by its name")
 
     def identity(self) -> dict[str, Any]:
         """Without a prefilter its thresholds decide nothing here, and moving them must not read a page again."""
@@ -274,6 +277,12 @@ class RefineOnArrival(Extracting, Refining):
     )
     max_arrivals: int = Field(40, description="files dropped by the notebook, at most", ge=1)
     workers: int = Field(0, description="files refined at the same time, 0 = all this machine's cores", ge=0)
+    max_file_mb: float = Field(256.0, description="a larger file is for the batch chain: quarantined", gt=0)
+    file_timeout_s: float = Field(300.0, description="time for one file, then its other pages are lost", gt=0)
+
+    def identity(self) -> dict[str, Any]:
+        """How many files at a time decides nothing about any of them."""
+        return {k: v for k, v in super().identity().items() if k not in {"workers"}}
 
 
 class Deduplicate(Cores):

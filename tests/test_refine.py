@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -22,8 +23,10 @@ from kit.data.refine import (
     REFINED,
     REPAIR,
     SUSPECT,
+    Verdicts,
     redecide,
     refine_batch,
+    refine_documents,
     refine_row,
     repair,
     verdict,
@@ -67,7 +70,7 @@ HOSTILE = {
 
 def document(text: str, **values) -> dict:
     """An extracted document as far as refining looks at it."""
-    return {"text": text, "title": "", "reviews": [], "images": []} | values
+    return {"url": "", "text": text, "title": "", "reviews": [], "images": []} | values
 
 
 @pytest.mark.timeout(30)
@@ -277,6 +280,11 @@ def test_nothing_is_deleted(data_lake: Lake, documents: dict, refined: dict) -> 
         {"max_duplicate_lines": 0.0},
         {"quality_rules": ["gopher_repetition"]},
         {"quality_rules": [], "min_lang_score": 0},
+        {"quality_rules": ["url", "gopher_repetition", "gopher_quality", "c4", "fineweb"]},
+        {
+            "quality_rules": ["c4"],
+            "thresholds": ["c4: sentences >= 12", "gopher_quality: alpha_words >= 0.9"],
+        },
     ],
     ids=str,
 )
@@ -333,8 +341,70 @@ def test_a_batch_keeps_rows_and_order(data_lake: Lake, documents: dict) -> None:
     assert refine_batch(table.slice(0, 0), RefineText()).num_rows == 0
 
 
-def test_an_unknown_rule_set_names_those_there_are(data_lake: Lake) -> None:
-    from kit.data.refine import refine_documents
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"quality_rules": ["gofer"]}, "gofer.*gopher_quality"),
+        ({"tag_rules": ["fine_web"]}, "fine_web.*fineweb"),
+        ({"thresholds": ["c4: sentence >= 3"]}, "c4: sentences"),
+        ({"pii_types": ["mail"]}, "mail.*email"),
+        ({"features": ["sumary"]}, "summary"),
+        ({"blocked_urls": "nowhere.txt"}, "nowhere.txt"),
+    ],
+    ids=str,
+)
+def test_an_unknown_word_in_a_list_names_those_there_are(data_lake: Lake, wrong: dict, message: str) -> None:
+    with pytest.raises(ParamError, match=message):
+        refine_documents(RefineText(**wrong, run="sample", lake=data_lake.uri), data_lake)
 
-    with pytest.raises(ParamError, match=r"gofer.*gopher_quality"):
-        refine_documents(RefineText(quality_rules=["gofer"], run="sample", lake=data_lake.uri), data_lake)
+
+def test_moving_a_threshold_takes_verdicts_again_and_touches_no_page(
+    data_lake: Lake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes as refining with the new threshold from the start, by reading tags alone."""
+    fresh, again = Lake(str(tmp_path / "fresh")), Lake(str(tmp_path / "again"))
+    for lake in (fresh, again):
+        for stage in ("10_explore_index", "20_extract_text"):
+            folder = f"intermediate/sample/{stage}"
+            shutil.copytree(f"{data_lake.root}/{folder}", f"{lake.root}/{folder}")
+    moved = {"min_words": 90, "thresholds": ["gopher_quality: alpha_words >= 0.85"], "min_lang_score": 0.7}
+    first = refine_documents(RefineText(lake=again.uri), again)
+    whole = refine_documents(RefineText(lake=fresh.uri, **moved), fresh)
+    monkeypatch.setattr("kit.data.refine.refine_batch", None)
+    monkeypatch.setattr("kit.data.refine.repair", None)
+    second = refine_documents(RefineText(lake=again.uri, **moved), again)
+    assert second.metrics["only_verdicts"] and "only_verdicts" not in whole.metrics
+    assert second.content_sha256 == whole.content_sha256 != first.content_sha256
+    assert (second.counts, second.metrics["pii_masked"]) == (whole.counts, whole.metrics["pii_masked"])
+    monkeypatch.undo()
+    other = refine_documents(RefineText(lake=again.uri, mask_pii=False, **moved), again)
+    assert "only_verdicts" not in other.metrics, "masks are no verdict"
+
+
+def test_what_would_change_sides_is_shown_with_its_text(data_lake: Lake, refined: dict) -> None:
+    verdicts = Verdicts(data_lake, data_lake.need("sample", "30_refine_text"))
+    assert verdicts.changed() == []
+    p = RefineText(min_words=120)
+    changed = {u for u, d in refined.items() if (d["drop_reason"] is None) != (verdict(d, p)[1] is None)}
+    shown = verdicts.changed(most=3, min_words=120)
+    assert len(shown) == 3
+    for row in shown:
+        assert row["url"] in changed
+        assert (row["before"], row["after"]) == ("kept", "gopher_quality: words")
+        assert refined[row["url"]]["text"].startswith(row["text"])
+    assert len(verdicts.changed(most=10**6, min_words=120)) == len(changed)
+
+
+def test_what_is_not_asked_for_is_null_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pii.mask", "features.measure", "quality.measure_url"):
+        monkeypatch.setattr(f"kit.data.{name}", None)
+    row = refine_row(
+        document("ask jo@site.example " * 30), RefineText(quality_rules=["c4"], tag_rules=[], pii_types=[])
+    )
+    assert {k for k, v in row["tags"].items() if v is not None} == {
+        "lorem_ipsum",
+        "curly_brackets",
+        "sentences",
+    }
+    assert set(row["pii"].values()) == {None} and row["features"] is None
+    assert "jo@site.example" in row["text"]

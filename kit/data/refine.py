@@ -1,7 +1,9 @@
 """Documents → the same documents with clean text, tags and a verdict; nothing is deleted.
 
 `refine_batch` is a plain function from table to table. What moves on is `drop_reason IS NULL`; the values
-behind every verdict are kept, so `redecide` can move a threshold without touching a page again.
+behind every verdict are kept, so a threshold can be moved without touching a page again: in a notebook by
+`Verdicts`, in a rerun of the stage by `refine_documents` itself. What a recipe does not ask for is not computed
+and null: rule sets in neither `quality_rules` nor `tag_rules`, personal data not in `pii_types`, features.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ from typing import Any
 import duckdb
 import ftfy
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
-from kit.data import pii, quality
+from kit.data import features, pii, quality
 from kit.data.extract import DOCUMENT
 from kit.data.language import detect_language
 from kit.data.spark import run_tasks
 from kit.lake import Counts, Lake, Manifest, Output, write_table
-from kit.params import ParamError, RefineText
+from kit.params import ParamError, RefineText, Refining, nearest
 
 CONTROL_CHARS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
 CONTROL = re.compile(f"[{CONTROL_CHARS}]")
@@ -52,10 +55,17 @@ REFINED = pa.schema(
         ("lang_score", pa.float64()),
         ("tags", TAGS),
         ("pii", PII),
+        ("features", features.SCHEMA),
         ("failed_rules", pa.list_(pa.string())),
         ("drop_reason", pa.string()),
     ]
 )
+
+
+DECIDING = frozenset(
+    "quality_rules tag_rules thresholds min_lang_score keep_languages min_words max_words max_duplicate_lines".split()  # noqa: SIM905
+)
+"""Parameters that only judge what is measured, as long as the same rule sets are measured."""
 
 
 def repair(text: str) -> str:
@@ -75,18 +85,24 @@ def _suspect(text: str) -> bool:
     return any(x.search(text) for x in SUSPECT) or not unicodedata.is_normalized("NFC", text)
 
 
-def verdict(row: dict[str, Any], p: RefineText) -> tuple[list[str], str | None]:
+def measured(p: Refining) -> set[str]:
+    """The rule sets whose values are kept."""
+    return {*p.quality_rules, *p.tag_rules}
+
+
+def verdict(row: dict[str, Any], p: Refining) -> tuple[list[str], str | None]:
     """Names of all rules a tagged document breaks, and the first of them: its `drop_reason`."""
-    broken = []
+    broken = quality.failing(row["tags"], row["lang"], [r for r in p.quality_rules if r == "url"], dict(p))
     if row["lang_score"] < p.min_lang_score:
         broken.append("language: uncertain")
     elif p.keep_languages and row["lang"] not in p.keep_languages:
         broken.append("language: not kept")
-    broken += quality.failing(row["tags"], row["lang"], p.quality_rules, dict(p))
+    others = [r for r in p.quality_rules if r != "url"]
+    broken += quality.failing(row["tags"], row["lang"], others, dict(p))
     return broken, broken[0] if broken else None
 
 
-def refine_row(row: dict[str, Any], p: RefineText) -> dict[str, Any]:
+def refine_row(row: dict[str, Any], p: Refining) -> dict[str, Any]:
     """One document with clean text, tags and verdict added.
 
     Title, reviews and what is said about images are repaired and masked like the text; `pii` counts the text's.
@@ -94,7 +110,7 @@ def refine_row(row: dict[str, Any], p: RefineText) -> dict[str, Any]:
     return refine_rows([row], p)[0]
 
 
-def refine_rows(rows: list[dict[str, Any]], p: RefineText) -> list[dict[str, Any]]:
+def refine_rows(rows: list[dict[str, Any]], p: Refining) -> list[dict[str, Any]]:
     """`refine_row` for many.
 
     Step by step over all rows, so that the language model and the tables of one step stay in the processor's
@@ -102,28 +118,41 @@ def refine_rows(rows: list[dict[str, Any]], p: RefineText) -> list[dict[str, Any
     """
     texts = [repair(row["text"]) for row in rows]
     languages = [detect_language(text) for text in texts]
-    tags = [quality.measure(text) for text in texts]
-    return [_refined(*values, p) for values in zip(rows, texts, languages, tags)]
+    sets, empty = measured(p), dict.fromkeys(quality.COLUMNS)
+    moving = [quality.measure(text, sets, p.c4_lines) for text in texts]
+    tags = [empty | values for _, values in moving]
+    if "url" in sets:
+        blocked = quality.blocklist(p.blocked_urls)
+        tags = [t | quality.measure_url(row["url"], blocked) for t, row in zip(tags, rows)]
+    moving = [text for text, _ in moving]
+    return [_refined(*values, p) for values in zip(rows, texts, moving, languages, tags)]
 
 
 def _refined(
-    row: dict[str, Any], text: str, language: tuple[str, float], tags: dict[str, float], p: RefineText
+    row: dict[str, Any],
+    repaired: str,
+    text: str,
+    language: tuple[str, float],
+    tags: dict[str, float | None],
+    p: Refining,
 ) -> dict[str, Any]:
-    """A row with what was found out about its repaired text, masked and judged."""
-    lang, score = language
+    """A row with what was found out about its repaired text, masked and judged; `text` is what moves on."""
+    (lang, score), types = language, tuple(p.pii_types)
 
     def clean(value: str | None) -> str:
         fixed = repair(value) if value else ""
-        return pii.mask(fixed, lang)[0] if p.mask_pii and fixed else fixed
+        return pii.mask(fixed, lang, types)[0] if p.mask_pii and fixed else fixed
 
-    masked, counts = pii.mask(text, lang)
+    masked, counts = pii.mask(text, lang, types) if types else (text, {})
+    text = masked if p.mask_pii else text
     refined = row | {
-        "repaired": text != row["text"],
+        "repaired": repaired != row["text"],
         "lang": lang,
         "lang_score": score,
         "tags": tags,
-        "pii": counts,
-        "text": masked if p.mask_pii else text,
+        "pii": {kind: counts.get(kind) if kind in types else None for kind in pii.TYPES},
+        "features": features.measure(text, lang, p.features) if p.features else None,
+        "text": text,
         "title": clean(row["title"]),
         "reviews": [r | {"title": clean(r["title"]), "body": clean(r["body"])} for r in row["reviews"]],
         "images": [i | {k: clean(i[k]) for k in ("alt", "caption", "context")} for i in row["images"]],
@@ -132,36 +161,73 @@ def _refined(
     return refined
 
 
-def refine_batch(table: pa.Table, p: RefineText) -> pa.Table:
+def refine_batch(table: pa.Table, p: Refining) -> pa.Table:
     """`DOCUMENT` rows → `REFINED` rows, one for one and in the same order."""
     return pa.Table.from_pylist(refine_rows(table.to_pylist(), p), schema=REFINED)
 
 
+def judge_batch(table: pa.Table, p: Refining) -> pa.Table:
+    """`REFINED` rows with their verdict taken again from their tags; no text is touched."""
+    rows = table.select(["tags", "lang", "lang_score"]).to_pylist()
+    verdicts = [verdict(row, p) for row in rows]
+    for name, values in zip(("failed_rules", "drop_reason"), zip(*verdicts, strict=True), strict=True):
+        column = table.schema.get_field_index(name)
+        table = table.set_column(column, REFINED.field(name), pa.array(values, REFINED.field(name).type))
+    return table
+
+
+def check(p: Refining) -> None:
+    """Raise `ParamError` for words in lists that name no rule set, threshold, type or feature."""
+    known = {
+        "quality_rules": quality.RULE_SETS,
+        "tag_rules": quality.RULE_SETS,
+        "pii_types": pii.TYPES,
+        "features": features.FEATURES,
+    }
+    for name, words in known.items():
+        for word in getattr(p, name):
+            if word not in words:
+                hint = nearest(word, list(words)) or f"; there are {', '.join(words)}"
+                raise ParamError(f"parameter '{name}': there is no '{word}'{hint}")
+    quality.overrides(tuple(p.thresholds))
+    quality.blocklist(p.blocked_urls)
+
+
 def refine_documents(p: RefineText, lake: Lake) -> Manifest:
-    """Documents → refined documents on Spark, one part for one part."""
-    unknown = [r for r in p.quality_rules if r not in quality.RULE_SETS]
-    if unknown:
-        raise ParamError(f"no rule set '{unknown[0]}'; there are {', '.join(quality.RULE_SETS)}")
+    """Documents → refined documents on Spark, one part for one part.
+
+    Where the last result differs in nothing but thresholds (`DECIDING`), only verdicts are taken anew, from its tags.
+    """
+    check(p)
     with lake.stage(p) as out:
-        source = out.read("20_extract_text")
-        parts = [o for o in source.outputs if o.name.startswith("part")]
-        paths = lake.paths(source, "part")
-        lake_uri, folder, attempt = lake.uri, out.base, out.attempt
+        source, last = out.read("20_extract_text"), lake.manifest(p.run, p.stage)
+        if p.blocked_urls:
+            out.read_outside(p.blocked_urls)
+        again = last is not None and out.same_work(last, but=DECIDING) and measured(p) == measured(RefineText.parse(last.params))  # fmt: skip
+        given = last if again else source
+        parts = [o for o in given.outputs if o.name.startswith("part")]
+        paths = lake.paths(given, "part")
+        lake_uri, folder, attempt, step = (
+            lake.uri,
+            out.base,
+            out.attempt,
+            judge_batch if again else refine_batch,
+        )
 
         def work(task: tuple[str, str]) -> dict[str, Any]:
             name, path = task
-            table = refine_batch(pq.read_table(path, filesystem=Lake(lake_uri).fs, partitioning=None), p)
+            table = step(pq.read_table(path, filesystem=Lake(lake_uri).fs, partitioning=None), p)
             output = write_table(lake_uri, folder, attempt, name, table)
             reasons = Counter(table["drop_reason"].to_pylist())
             found = Counter()
             for row in table["pii"].to_pylist():
-                found.update(row)
+                found.update({k: v for k, v in row.items() if v is not None})
             return {"done": table.num_rows, "output": output.model_dump(), "reasons": reasons, "pii": found}
 
         tasks = [
             (o.rows, (o.name.removesuffix(".parquet"), path)) for o, path in zip(parts, paths, strict=True)
         ]
-        results = run_tasks(p, work, tasks, "refine", "documents")
+        results = run_tasks(p, work, tasks, "judge" if again else "refine", "documents")
         reasons, found = Counter(), Counter()
         for result in results:
             out.add(Output(**result["output"]))
@@ -171,31 +237,66 @@ def refine_documents(p: RefineText, lake: Lake) -> Manifest:
         counts = Counts(
             records_in=kept + reasons.total(), records_out=kept, dropped=dict(sorted(reasons.items()))
         )
-        return out.commit(counts, {"pii_masked" if p.mask_pii else "pii_found": dict(sorted(found.items()))})
+        metrics = {"pii_masked" if p.mask_pii else "pii_found": dict(sorted(found.items()))}
+        return out.commit(counts, metrics | ({"only_verdicts": True} if again else {}))
 
 
-def redecide(lake: Lake, manifest: Manifest, **thresholds: float) -> dict[str, int]:
-    """How many documents would go for each reason if the thresholds named were moved; reads tags only.
+class Verdicts:
+    """The tags of a refined result in memory, to judge them again in milliseconds while somebody moves a slider."""
 
-    `thresholds` are names of parameters of the stage, such as `min_words=80`; raises `ParamError` for others.
-    """
-    params = RefineText.parse(manifest.params | thresholds).model_dump()
-    tags = lake.table(manifest, "part", ["tags", "lang", "lang_score"])
-    # quoted: DuckDB reads a bare number as a decimal, which as a double may be its neighbour
-    cases = [f"WHEN lang_score < '{params['min_lang_score']}'::DOUBLE THEN 'language: uncertain'"]
-    if params["keep_languages"]:
-        kept = ", ".join("'" + x.replace("'", "''") + "'" for x in params["keep_languages"])
-        cases.append(f"WHEN lang NOT IN ({kept}) THEN 'language: not kept'")
-    for rule in (r for r in quality.RULES if r.rule_set in params["quality_rules"]):
-        low, high = rule.bounds(params)
-        limits = [f"tags.{rule.column} < '{low}'::DOUBLE"] if low is not None else []
-        limits += [f"tags.{rule.column} > '{high}'::DOUBLE"] if high is not None else []
+    EXCERPT = 240
+
+    def __init__(self, lake: Lake, manifest: Manifest) -> None:
+        self.params = manifest.params
+        columns = ["url", "text", "tags", "lang", "lang_score", "drop_reason"]
+        tables = []
+        for path in lake.paths(manifest, "part"):
+            table = pq.read_table(path, columns=columns, filesystem=lake.fs, partitioning=None)
+            short = pc.utf8_slice_codeunits(table["text"], 0, self.EXCERPT)
+            tables.append(table.set_column(table.schema.get_field_index("text"), "text", short))
+        self.db = duckdb.connect()
+        self.db.register("given", pa.concat_tables(tables))
+        self.db.execute("CREATE TABLE given_tags AS SELECT * EXCLUDE tags, unnest(tags) FROM given")
+        self.db.unregister("given")
+
+    def _sql(self, moved: dict[str, Any]) -> str:
+        """The verdict of `verdict` as an expression, NULL for what moves on."""
+        p = RefineText.parse(self.params | moved)
+        check(p)
+        params = dict(p)
+        # quoted: DuckDB reads a bare number as a decimal, which as a double may be its neighbour
+        language = [f"WHEN lang_score < '{p.min_lang_score}'::DOUBLE THEN 'language: uncertain'"]
+        if p.keep_languages:
+            kept = ", ".join("'" + x.replace("'", "''") + "'" for x in p.keep_languages)
+            language.append(f"WHEN lang NOT IN ({kept}) THEN 'language: not kept'")
         scope = {"english": "lang = 'en'", "spaces": f"lang NOT IN {tuple(sorted(quality.UNSPACED))}"}
-        where = f" AND {scope[rule.needs]}" if rule.needs else ""
-        cases.append(f"WHEN ({' OR '.join(limits)}){where} THEN '{rule.name}'")
-    with duckdb.connect() as con:
-        con.register("tags", tags)
-        rows = con.execute(
-            f"SELECT CASE {' '.join(cases)} ELSE 'kept' END AS reason, count(*) FROM tags GROUP BY 1 ORDER BY 2 DESC, 1"
-        ).fetchall()
-    return dict(rows)
+        cases: dict[bool, list[str]] = {True: [], False: []}
+        for rule in (r for r in quality.RULES if r.rule_set in p.quality_rules):
+            low, high = rule.bounds(params)
+            limits = [f"{rule.column} < '{low}'::DOUBLE"] if low is not None else []
+            limits += [f"{rule.column} > '{high}'::DOUBLE"] if high is not None else []
+            where = f" AND {scope[rule.needs]}" if rule.needs else ""
+            cases[rule.rule_set == "url"].append(f"WHEN ({' OR '.join(limits)}){where} THEN '{rule.name}'")
+        return f"CASE {' '.join([*cases[True], *language, *cases[False]])} END"
+
+    def counts(self, **moved: Any) -> dict[str, int]:
+        """How many documents would go for each reason, or be `kept`, if the parameters named were moved.
+
+        Raises `ParamError` for what is no parameter of the stage or a rule set that was not measured.
+        """
+        told = f"SELECT coalesce({self._sql(moved)}, 'kept'), count(*) FROM given_tags GROUP BY 1 ORDER BY 2 DESC, 1"
+        return dict(self.db.execute(told).fetchall())
+
+    def changed(self, most: int = 5, **moved: Any) -> list[dict[str, Any]]:
+        """Documents that would change sides, at most so many each way, with how their texts begin."""
+        query = f"""WITH judged AS (SELECT *, {self._sql(moved)} AS after FROM given_tags),
+            sides AS (SELECT *, row_number() OVER (PARTITION BY after IS NULL ORDER BY url) AS n FROM judged
+                      WHERE (drop_reason IS NULL) <> (after IS NULL))
+            SELECT coalesce(drop_reason, 'kept') AS before, coalesce(after, 'kept') AS after, lang, url, text
+            FROM sides WHERE n <= {int(most)} ORDER BY after, url"""
+        return self.db.execute(query).to_arrow_table().to_pylist()
+
+
+def redecide(lake: Lake, manifest: Manifest, **moved: Any) -> dict[str, int]:
+    """`Verdicts.counts`, once."""
+    return Verdicts(lake, manifest).counts(**moved)
