@@ -223,7 +223,11 @@ class Refining(Stage):
         description="personal data to look for; empty = none",
     )
     features: Strings = Field(
-        [], description="what else to tell of a document: keywords, entities, summary, reading_ease"
+        ["keywords", "entities", "summary", "reading_ease"],
+        description="what else to tell of a document (5 ms each); empty = nothing, and nothing is computed",
+    )
+    entity_models: Strings = Field(
+        [], description="installed spaCy pipelines to find names with, each for its language; empty = by rules"
     )
 
 
@@ -272,10 +276,10 @@ class RefineOnArrival(Extracting, Refining):
 
     arrivals: Strings = Field(
         ["data_samples/crawl-data"],
-        description="files or folders that the notebook drops into the raw zone, to watch them arrive",
+        description="archives whose pages the notebook drops into the raw zone, a file each",
         json_schema_extra=PATH,
     )
-    max_arrivals: int = Field(40, description="files dropped by the notebook, at most", ge=1)
+    max_arrivals: int = Field(24, description="pages that the notebook drops, at most", ge=1)
     workers: int = Field(0, description="files refined at the same time, 0 = all this machine's cores", ge=0)
     max_file_mb: float = Field(256.0, description="a larger file is for the batch chain: quarantined", gt=0)
     file_timeout_s: float = Field(300.0, description="time for one file, then its other pages are lost", gt=0)

@@ -251,6 +251,11 @@ class Page:
         return printable(html.unescape(re.sub(r"<[^>]*>", " ", self.markup))).strip()
 
 
+def stack(*parts: Any) -> Page:
+    """Tables and pages, one below the other."""
+    return Page("".join(part._repr_html_() for part in parts))
+
+
 def difference(left: str, right: str) -> Page:
     """Two texts side by side, words that are in one only marked."""
     import difflib

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_archive import record
 
 from kit import ROOT
 from kit.lake import Lake
@@ -189,3 +190,60 @@ def test_real_archives_damaged_ones_included_are_accounted_for(tmp_path):
     assert manifests[0].counts.failed, "damage is reported, not skipped"
     for before, after in itertools.pairwise(manifests):
         assert after.counts.records_in == before.counts.records_out
+
+
+EVIL = "<script>alert(1)</script>"
+HOSTILE = {
+    "plain": b"",
+    "nested": b"<div>" * 10_000 + b"deep" + b"</div>" * 10_000,
+    "nulls": b"a\x00b " * 2000,
+    "overrides": "\u202eevil\u2066".encode() * 2000,
+    "regex killer": b"a@" * 500_000,
+    "digits": b"1-" * 500_000,
+    "one line": b"x" * 3_000_000,
+    "too large": b"y " * 3_000_000,
+    "wrong bytes": b"\xed\xa0\x80\xff\xfe " * 2000,
+}
+
+
+def hostile_page(kind: str, turn: int) -> bytes:
+    """A page whose title and text say `<script>`, as text that a reader is to see, with `kind` in its middle."""
+    words = " ".join(
+        f"sentence {turn * 31 + i} about {kind} and the things that it does to a reader." for i in range(30)
+    )
+    shown = EVIL.replace("<", "&lt;")
+    start = f"<html><head><title>{shown} {kind}</title></head><body><article><h1>{shown}</h1><p>{words} {shown}</p><p>"
+    return start.encode() + HOSTILE[kind] + b"</p></article></body></html>"
+
+
+def test_hostile_pages_harm_neither_the_chain_nor_who_looks_at_it(tmp_path):
+    path = tmp_path / "evil.warc"
+    pages = [hostile_page(kind, turn) for turn, kind in enumerate([*HOSTILE, *["plain"] * 12])]
+    path.write_bytes(b"".join(record(i, page) for i, page in enumerate(pages)))
+    words = [
+        "-p",
+        f"archive_paths=[{path}]",
+        "-p",
+        "run=evil",
+        "-p",
+        "prefer_reviews=false",
+        "-p",
+        "min_lang_score=0",
+    ]
+    words += ["-p", "quality_rules=[]", "--lake", str(tmp_path / "lake"), "--from", "10", "--until", "50"]
+    status, out, err = kit("run", SMOKE, *words, cwd=tmp_path)
+    assert status == 0 or "nothing to hold out" in err, out + err  # all pages are of one site
+    lake = Lake(str(tmp_path / "lake"))
+    manifests = lake.manifests("evil")
+    assert manifests[0].counts.records_in == len(pages)
+    for before, after in itertools.pairwise(manifests):
+        assert after.counts.records_in == before.counts.records_out
+    assert manifests[1].counts.failed == {"page too large": 1}
+    seen = 0
+    for executed in sorted((tmp_path / "lake" / "reports" / "evil" / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(executed.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", ()):
+                shown = "".join(output.get("data", {}).get("text/html", ()))
+                assert "<script" not in shown and "\u202e" not in shown, executed.name
+                seen += "&lt;script&gt;" in shown
+    assert seen >= 3, "the planted text was looked at in no notebook"

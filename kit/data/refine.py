@@ -151,7 +151,7 @@ def _refined(
         "lang_score": score,
         "tags": tags,
         "pii": {kind: counts.get(kind) if kind in types else None for kind in pii.TYPES},
-        "features": features.measure(text, lang, p.features) if p.features else None,
+        "features": features.measure(text, lang, p.features, p.entity_models) if p.features else None,
         "text": text,
         "title": clean(row["title"]),
         "reviews": [r | {"title": clean(r["title"]), "body": clean(r["body"])} for r in row["reviews"]],

@@ -24,7 +24,8 @@ SOLO = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\u0e00-\u0eff\u1000-\u109f\u1780-
 UNSPACED = regex.compile(f"[{SOLO}]")
 PLAIN = regex.compile(rf"[{SOLO}]|[^\W{SOLO}]+|[^\w\s]")
 LONGEST_PIECE, LONGEST_SUFFIX = 300, 40
-MOST_PIECES = 1 << 20
+MOST_PIECES = 1 << 18
+"""What a process remembers at most, about 60 MB; then it begins anew."""
 QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 PUNCT = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 CURRENCY = "US$|C$|A$|" + "|".join("$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿")
@@ -220,7 +221,7 @@ class _Memory(dict):
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
-        self.flat, self.starts, self.traits = array("q"), array("q", [0]), array("q")
+        self.flat, self.starts, self.traits = array("q"), array("q", [0]), array("i")
 
     def __missing__(self, piece: str) -> int:
         for token in split(piece):
@@ -251,9 +252,8 @@ def tokens(text: str) -> Tokens:
         _memory = _Memory()
     pieces = text.split()
     at = np.fromiter(map(_memory.__getitem__, pieces), np.int64, len(pieces))
-    starts, flat, traits = (
-        np.frombuffer(x, np.int64) for x in (_memory.starts, _memory.flat, _memory.traits)
-    )
+    starts, flat = (np.frombuffer(x, np.int64) for x in (_memory.starts, _memory.flat))
+    traits = np.frombuffer(_memory.traits, np.int32)
     sizes = starts[at + 1] - starts[at]
     # where each token lies in `flat`: its piece's start there, plus how far into the piece it is
     ends = np.cumsum(sizes)

@@ -70,7 +70,7 @@ def kit_way(
     common |= {"cores": cores, "part_mb": part_mb}
     extract.extract_text(ExtractText(extractor=extractor, **common), to)
     mark("extract")
-    made = refine.refine_documents(RefineText(mask_pii=mask_pii, **common), to)
+    made = refine.refine_documents(RefineText(mask_pii=mask_pii, features=[], **common), to)
     mark("refine")
     mark("end")
     pages = to.need("benchmark", "10_explore_index").counts.records_out
@@ -126,6 +126,49 @@ def datatrove_way(archive: str, work: str, lid_model: str, fineweb: bool) -> dic
     told = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
     read, kept = (t["total"] if isinstance(t, dict) else t for t in told)
     return {"units": read, "kept": kept}
+
+
+def kit_filters(texts: str) -> dict[str, int]:
+    """Repair, language and every rule of the kit on texts (a file as `extract` writes it); no masks, no features."""
+    from kit.data.quality import RULE_SETS
+    from kit.data.refine import refine_rows
+    from kit.params import RefineText
+
+    p = RefineText(quality_rules=list(RULE_SETS), tag_rules=[], pii_types=[], features=[])
+    bare = {"url": "", "title": "", "reviews": [], "images": []}
+    documents = [bare | {"text": t} for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t]
+    refine_rows([bare | {"text": kit_filters.__doc__}], p)
+    mark("start")
+    kept = sum(row["drop_reason"] is None for i in range(0, len(documents), 64) for row in refine_rows(documents[i : i + 64], p))  # fmt: skip
+    mark("end")
+    return {"units": len(documents), "kept": kept}
+
+
+def datatrove_filters(texts: str, lid_model: str) -> dict[str, int]:
+    """The same rules by datatrove's filters, in FineWeb's order until one drops a text; no URL rules."""
+    from datatrove.data import Document
+    from datatrove.pipeline import filters
+    from datatrove.utils.lid import FT176LID
+
+    FT176LID.MODEL_URL = lid_model
+    steps = [
+        filters.LanguageFilter(language_threshold=0.65),
+        filters.GopherRepetitionFilter(),
+        filters.GopherQualityFilter(),
+        filters.C4QualityFilter(filter_no_terminal_punct=False),
+        filters.FineWebQualityFilter(),
+    ]
+
+    def passes(text: str) -> bool:
+        document = Document(text=text, id="", metadata={})
+        return all(step.filter(document) is True for step in steps)
+
+    found = [t for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t]
+    passes(datatrove_filters.__doc__)
+    mark("start")
+    kept = sum(map(passes, found))
+    mark("end")
+    return {"units": len(found), "kept": kept}
 
 
 def count_languages(files: list[str], engine: str, cores: int) -> dict[str, int]:
