@@ -399,7 +399,8 @@ def test_what_is_not_asked_for_is_null_and_not_computed(monkeypatch: pytest.Monk
     for name in ("pii.mask", "features.measure", "quality.measure_url"):
         monkeypatch.setattr(f"kit.data.{name}", None)
     row = refine_row(
-        document("ask jo@site.example " * 30), RefineText(quality_rules=["c4"], tag_rules=[], pii_types=[])
+        document("ask jo@site.example " * 30),
+        RefineText(quality_rules=["c4"], tag_rules=[], pii_types=[], features=[]),
     )
     assert {k for k, v in row["tags"].items() if v is not None} == {
         "lorem_ipsum",
