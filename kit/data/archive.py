@@ -46,6 +46,8 @@ SUFFIX = re.compile(r"\.(warc|wat|wet|arc)(\.(warc|wat|wet|txt))*(\.gz|\.zst)?(\
 NEXT_HEAD = re.compile(
     rb"\n(?=WARC/\d|[a-z][\w+.-]{0,20}:\S* [\d.]+ \d{14} \S+ \d{1,18}\r?\n)", re.IGNORECASE
 )
+ROWS = re.compile(r"\.(csv|tsv|txt|jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
+"""Files of rows, which `kit.data.rows` reads."""
 OVERLAP = 1 << 12
 BLANK = re.compile(rb"[\r\n]*")
 BLANK_LINES = re.compile(rb"\r{0,2}\n\r{0,2}\n")
@@ -94,14 +96,20 @@ class Damage:
 
 
 def list_archives(paths: list[str]) -> list[str]:
-    """Absolute paths of the archive files among `paths`, folders searched through; raises `ArchiveError`."""
+    """Absolute paths of the files among `paths`, folders searched through; raises `ArchiveError`.
+
+    Of a folder without archives the files of rows are taken: beside archives they are lists and notes.
+    """
     found: list[str] = []
     for path in paths:
         fs, root = fsspec.core.url_to_fs(resolve(path))
         if fs.isdir(root):
-            inside = [f for f in fs.find(root) if SUFFIX.search(f)]
+            files = fs.find(root)
+            inside = [f for f in files if SUFFIX.search(f)] or [f for f in files if ROWS.search(f)]
             if not inside:
-                raise ArchiveError(f"no WARC, WAT, WET or ARC file in folder '{path}'")
+                raise ArchiveError(
+                    f"no WARC, WAT, WET or ARC file and no CSV, TSV, text or JSON Lines in '{path}'"
+                )
             found += [fs.unstrip_protocol(f) if "://" in path else f for f in inside]
         elif fs.exists(root):
             found.append(resolve(path))
@@ -117,18 +125,22 @@ def records(path: str, name: str = "") -> Iterator[Record | Damage]:
     record is one `Damage`. What breaks while reading, such as a connection, is no damage of the archive and raised.
     """
     name = name or path.rpartition("/")[2]
-    try:
-        fs, root = fsspec.core.url_to_fs(resolve(path))
-        f = fs.open(root, "rb", block_size=READ_AHEAD)
-    except OSError as error:
-        raise ArchiveError(f"archive '{path}' cannot be opened: {error.strerror or error}") from None
-    with f:
+    with opened(path) as f:
         framer = _Framer(name, *pieces(f))
         found = None
         for found in _merged(framer):
             yield found
         if found is None:
             yield Damage(name, 0, framer.at, "none", "no record in file" if framer.at else "empty file")
+
+
+def opened(path: str) -> BinaryIO:
+    """A file to be read from front to back; raises `ArchiveError`."""
+    try:
+        fs, root = fsspec.core.url_to_fs(resolve(path))
+        return fs.open(root, "rb", block_size=READ_AHEAD)
+    except OSError as error:
+        raise ArchiveError(f"archive '{path}' cannot be opened: {error.strerror or error}") from None
 
 
 def scan(path: str, name: str) -> Iterator[Entry | Damage]:

@@ -13,6 +13,7 @@ import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, BinaryIO
@@ -26,7 +27,8 @@ from selectolax.lexbor import LexborHTMLParser
 from kit import resolve
 from kit.data import archive, blocks, fetch, guard, quality
 from kit.data import page as pages
-from kit.data.archive import Page, RecordError
+from kit.data import rows as row_files
+from kit.data.archive import ArchiveError, Page, RecordError
 from kit.data.language import detect_language
 from kit.data.spark import plan, run_tasks
 from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
@@ -135,14 +137,22 @@ EXTRACTORS: dict[str, Callable[[Html], str]] = {
 """Main-text extractors by name; one takes a page and returns its plain text."""
 
 
-def extract_page(row: dict[str, Any], page: Page, p: ExtractText) -> dict[str, Any]:
-    """One document out of one page, as a row of `DOCUMENT`; raises `RecordError` with the reason to count."""
+def extract_page(
+    row: dict[str, Any], page: Page, p: ExtractText, layout: row_files.Layout | None = None
+) -> dict[str, Any]:
+    """One document out of one page, as a row of `DOCUMENT`; raises `RecordError` with the reason to count.
+
+    The page may be a row of a person's file of that `layout`.
+    """
     text, charset = pages.decode(page.payload, page.charset)
     text, extractor = text.replace("\x00", ""), p.extractor
     found = {"title": "", "images": [], "links": [], "reviews": []}
     # what the index detected is better than what the page claims, where there is an index
     language = (row["content_languages"] or "").split(",")[0]
-    if page.record_type == "conversion" or page.mime == "text/plain":
+    if layout:
+        found |= row_files.document(text, layout, p.text_column, p.rating_column)
+        text, extractor = found["text"], "row"
+    elif page.record_type == "conversion" or page.mime == "text/plain":
         extractor = "none"
     else:
         html = Html(text)
@@ -161,7 +171,7 @@ def extract_page(row: dict[str, Any], page: Page, p: ExtractText) -> dict[str, A
     return found | {
         "doc_id": doc_id(*(row[k] for k in PLACE)),
         "url": row["url"],
-        "host": urlsplit(row["url"]).hostname,
+        "host": found.get("host") or urlsplit(row["url"]).hostname,
         "fetch_time": page.fetch_time,
         "status": page.status,
         "mime": page.mime,
@@ -182,7 +192,7 @@ def _prefilter(cheap: str, p: ExtractText) -> None:
 
     A main text has no more words than the page; the language must be sure, because furniture has one, too.
     """
-    if quality.cheap_words(cheap) < p.min_words:
+    if quality.word_count(cheap) < p.min_words:
         raise RecordError("prefilter: words")
     if p.keep_languages:
         language, score = detect_language(cheap)
@@ -194,7 +204,8 @@ def verified_page(row: dict[str, Any], raw: bytes, max_page_mb: float) -> Page:
     """The page in the bytes an index row points at, its URL and digest verified; raises `RecordError`."""
     limit = int(max_page_mb * 1e6)
     plain = archive.read_bytes(io.BytesIO(raw), 0, len(raw), row["wrapping"], 2 * limit)
-    page = archive.parse_page(plain, limit)
+    is_row = row["wrapping"] in row_files.WRAPPINGS
+    page = row_files.page(plain, row["url"]) if is_row else archive.parse_page(plain, limit)
     if page.url != row["url"]:
         raise RecordError("URL is not the index's")
     # an index may write sha1: before the digest, or know none
@@ -208,8 +219,14 @@ def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> t
     """Documents (`DOCUMENT`) and failures (rows of `FAILURE`) of index rows sorted by file and offset."""
     EXTRACTORS[p.extractor](Html("<p>what is loaded here need not be loaded in every child</p>"))
     tables, failures = [DOCUMENT.empty_table()], []
+    layouts: dict[str, row_files.Layout] = {}
+    for name in {r["warc_filename"] for r in rows if r["wrapping"] in row_files.WRAPPINGS}:
+        with suppress(ArchiveError):  # each of its rows will say so
+            layouts[name] = row_files.layout(f"{base}/{name}", p.rating_column)
     for batch in _batches(read_rows(base, rows, int(p.max_page_mb * 2e6))):
-        packed, dead = guard.in_child(partial(_work, p=p), batch, p.page_timeout_s, p.page_memory_mb)
+        packed, dead = guard.in_child(
+            partial(_work, p=p, layouts=layouts), batch, p.page_timeout_s, p.page_memory_mb
+        )
         with pa.ipc.open_stream(packed) as stream:
             lost = stream.schema.metadata or {}
             tables.append(stream.read_all().replace_schema_metadata(None))
@@ -218,7 +235,12 @@ def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> t
     return pa.concat_tables(tables), failures
 
 
-def _work(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: ExtractText) -> bytes:
+def _work(
+    items: Sequence[tuple[int, Any]],
+    beat: Callable[[int], None],
+    p: ExtractText,
+    layouts: dict[str, row_files.Layout],
+) -> bytes:
     """Documents of a batch as an Arrow stream; its metadata says why the others are none. Runs in a child."""
     gc.disable()  # the child is gone in a moment, and trees hold no cycles
     documents, lost = [], {}
@@ -227,7 +249,8 @@ def _work(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: Extr
         try:
             if isinstance(raw, RecordError):
                 raise raw
-            documents.append(extract_page(row, verified_page(row, raw, p.max_page_mb), p))
+            page, layout = verified_page(row, raw, p.max_page_mb), layouts.get(row["warc_filename"])
+            documents.append(extract_page(row, page, p, layout))
         except RecordError as error:
             lost[str(i)] = error.reason
         except MemoryError:
@@ -255,7 +278,7 @@ def read_rows(
     def way(row: dict[str, Any]) -> str:
         if row["warc_record_length"] > max_bytes:
             return "too large"
-        return row["warc_filename"] if row["wrapping"] == "stream" else "ranges"
+        return row["warc_filename"] if row["wrapping"].endswith("stream") else "ranges"
 
     for how, group in groupby(rows, way):
         if how == "too large":
@@ -301,7 +324,7 @@ def open_archive(uri: str, wrapping: str) -> BinaryIO:
         f = fsspec.open(uri, "rb").open()
     except OSError:
         raise RecordError("archive file missing") from None
-    return archive.unpacked(f) if wrapping == "stream" else f
+    return archive.unpacked(f) if wrapping.endswith("stream") else f
 
 
 def by_each(selection: Manifest, row: dict[str, Any]) -> dict[str, str]:

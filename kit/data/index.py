@@ -18,11 +18,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from kit.data import archive, questions
+from kit.data import rows as row_files
 from kit.data.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
 from kit.lake import Counts, Lake, LakeError, Manifest
 from kit.params import ExploreIndex, ParamError
 from kit.show import progress
 
+SCANNED = 1 << 16
+"""Rows of a scan that are held as Python objects."""
 KINDS = {
     "warc_record_offset": pa.int64(),
     "warc_record_length": pa.int64(),
@@ -72,16 +75,21 @@ class Index:
 
     def _scan(self, paths: list[str]) -> pa.Table:
         """Index the archives themselves; what cannot be read lands in `damage`."""
-        rows: list[dict[str, Any]] = []
+        tables: list[pa.Table] = []
+        entries: list[dict[str, Any]] = []
         with progress(len(paths), "indexing", "archives") as bar:
             for path in paths:
-                for found in archive.scan(path, path.removeprefix(self.base).lstrip("/")):
+                scan = row_files.scan if archive.ROWS.search(path) else archive.scan
+                for found in scan(path, path.removeprefix(self.base).lstrip("/")):
                     if isinstance(found, archive.Damage):
                         self.damage.append(found)
                     else:
-                        rows.append(_row(found))
+                        entries.append(_row(found))
+                    if len(entries) == SCANNED:
+                        tables.append(pa.Table.from_pylist(entries, schema=ENTRY))
+                        entries = []
                 bar.update()
-        return pa.Table.from_pylist(rows, schema=ENTRY)
+        return pa.concat_tables([*tables, pa.Table.from_pylist(entries, schema=ENTRY)])
 
     @functools.cached_property
     def crawls(self) -> list[str]:
