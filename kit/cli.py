@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from kit import ROOT, KitError, cost, pipeline, resolve
 from kit.lake import Lake
 from kit.params import (
+    NOTEBOOKS,
     STAGES,
     ParamError,
     for_stage,
@@ -22,9 +23,9 @@ from kit.params import (
     nearest,
     validate,
 )
-from kit.show import Table
+from kit.show import Table, printable
 
-COMMANDS = ("run", "status", "trace", "estimate", "doctor")
+COMMANDS = ("run", "status", "trace", "watch", "estimate", "doctor")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("id", help="row_id, pair_id or doc_id")
     trace.add_argument("--run", help="name of the run; default: every run of the lake")
     trace.add_argument("--lake", help="folder or s3://…; default: lake/ of the checkout")
+    recipe(commands.add_parser("watch", help="refine what lands in the raw zone of a run, until Ctrl-C"))
     recipe(commands.add_parser("estimate", help="time, memory and dollars before anything runs"))
     commands.add_parser("doctor", help="what this machine has, and what will work")
     return top
@@ -177,6 +179,16 @@ def _trace(args: argparse.Namespace) -> int:
 
     lake = _lake(args.lake)
     print(trace(lake, args.id, [args.run] if args.run else lake.runs()))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from kit.launch.watch import watch
+
+    p = for_stage(NOTEBOOKS["31_refine_on_arrival"], recipe_values(args))
+    print(f"watching raw/{p.run}/ of {p.lake}", flush=True)
+    for result in watch(p, Lake(p.lake)):
+        print(f"{result['status']:12} {printable(result['path'])}", flush=True)
     return 0
 
 

@@ -309,7 +309,7 @@ class StageWriter:
             environment=environment(),
         )
         before = self.lake.manifest(self.p.run, self.p.stage)
-        _replace(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        put(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
         self.committed = manifest
         self._sweep(manifest, before)
         return manifest
@@ -352,10 +352,12 @@ def _suffix(name: str) -> str:
     return name[len(_stem(name)) :]
 
 
-def _replace(lake: Lake, path: str, data: bytes) -> None:
-    """One atomic write: an object store's put is; on a disk, a temporary file moved over."""
+def put(lake: Lake, path: str, data: bytes) -> None:
+    """One atomic write of a full path: an object store's put is; on a disk, a hidden file moved over."""
     if lake.uri == lake.root:
-        part = Path(f"{path}.{uuid.uuid4().hex[:8]}")
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{uuid.uuid4().hex}"
         part.write_bytes(data)
         part.replace(path)
     else:
@@ -434,9 +436,15 @@ def source_sha256(stage: str) -> str:
         ]
         imports = {name for source in code for name in _kit_imports(source)}
         digest.update("\n".join(code).encode())
-    for module in sorted(_closure(imports) - NOT_IN_CONTENT):
-        path = _module_path(module)
-        digest.update(f"{module}\n".encode() + path.read_bytes())
+    digest.update(modules_sha256(imports).encode())
+    return digest.hexdigest()
+
+
+def modules_sha256(modules: set[str]) -> str:
+    """Hash over kit modules and those they import, directly or not."""
+    digest = hashlib.sha256()
+    for module in sorted(_closure(modules) - NOT_IN_CONTENT):
+        digest.update(f"{module}\n".encode() + _module_path(module).read_bytes())
     return digest.hexdigest()
 
 

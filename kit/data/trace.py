@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from kit import resolve
-from kit.data import archive, pii
+from kit.data import archive, pii, rows
 from kit.data.archive import RecordError
 from kit.data.extract import open_archive
 from kit.data.page import decode
-from kit.lake import Lake, LakeError
+from kit.data.refine import REFINED
+from kit.lake import Lake, LakeError, Manifest
 from kit.show import printable
 
 PLACEHOLDER = re.compile("|".join(f"<{kind.upper()}>" for kind in pii.TYPES))
@@ -24,15 +27,36 @@ WORD = re.compile(r"\w+")
 def trace(lake: Lake, wanted: str, runs: list[str]) -> str:
     """The way back as lines of text; raises `LakeError` when no run knows the id `wanted`."""
     for run in runs:
+        copy = _find(lake, run, "51_augment_text", ("train",), row_id=wanted)
+        if copy and copy["source_row"]:
+            changes = printable("; ".join(copy["changes"]))
+            told = f"row       {wanted} of run '{run}': {copy['operation']} of the row below\n          {changes}"
+            return f"{told}\n{trace(lake, copy['source_row'], [run])}"
         row = _find(lake, run, "50_build_datasets", ("train", "heldout"), row_id=wanted)
         pair = _find(lake, run, "50_build_datasets", ("preferences",), pair_id=wanted)
+        from_file = row or pair
+        if from_file and from_file.get("source"):
+            return _file_line(lake, run, wanted, from_file)
         if pair:
             sides = [trace(lake, pair[side], [run]) for side in ("chosen_row", "rejected_row")]
             return f"pair {wanted} of run '{run}', about {pair['item']}\n\nchosen\n{sides[0]}\n\nrejected\n{sides[1]}"
         doc = _find(lake, run, "20_extract_text", doc_id=row["doc_id"] if row else wanted)
         if doc:
             return "\n".join(_lines(lake, run, row, doc))
+        if came := _arrived(lake, run, wanted):
+            return "\n".join(_lines(lake, run, None, *came))
     raise LakeError(f"no row, pair or document '{wanted}' in {lake.uri} ({', '.join(runs) or 'no run'})")
+
+
+def _file_line(lake: Lake, run: str, wanted: str, made: dict[str, Any]) -> str:
+    """A row or pair that came from a line of a file of instructions or preferences."""
+    file, _, line = made["source"].rpartition(":")
+    inputs = {i.uri: i.content_sha256 for i in lake.need(run, "50_build_datasets").inputs}
+    text = _short(made["prompt"] + (made.get("completion") or made.get("chosen")))
+    return (
+        f"{'row' if 'row_id' in made else 'pair'}       {wanted} of run '{run}'\n          {text}\n"
+        f"file      {printable(file)}, line {line}, content sha256 {inputs[file]}"
+    )
 
 
 def _find(
@@ -50,8 +74,34 @@ def _find(
     return None
 
 
-def _lines(lake: Lake, run: str, row: dict[str, Any] | None, doc: dict[str, Any]) -> list[str]:
-    refined = _find(lake, run, "30_refine_text", doc_id=doc["doc_id"])
+def _arrived(lake: Lake, run: str, wanted: str) -> tuple[dict[str, Any], list[str]] | None:
+    """A document that came by 31_refine_on_arrival, the latest version, and its way with the file read again."""
+    files = lake.fs.find(f"{lake.folder(run, '31_refine_on_arrival')}/refined")
+    if not (parts := [f for f in files if f.endswith(".parquet")]):
+        return None
+    found = ds.dataset(parts, filesystem=lake.fs).filter(ds.field("doc_id") == wanted)
+    rows = {r["__filename"]: r for r in found.to_table([*REFINED.names, "__filename"]).to_pylist()}
+    keys = {re.sub(r"/[^/]*$", "", part) for part in rows}
+    told = [
+        Manifest.model_validate_json(lake.fs.cat_file(f))
+        for f in files
+        if f.endswith(".json") and f.rpartition("/")[0] in keys
+    ]
+    if not told:
+        return None
+    last = max(told, key=lambda m: (m.metrics["sequencer"], m.metrics["committed_at"]))
+    raw = lake.fs.cat_file(f"{lake.root}/{last.metrics['path']}")
+    same = hashlib.sha256(raw).hexdigest() == last.metrics["sha256"]
+    way = "\n          → ".join([last.metrics["path"], last.inputs[0].uri, last.outputs[0].name])
+    proof = f"{len(raw):,} bytes, {'the file is the same' if same else 'THE FILE CHANGED'}"
+    doc = rows.get(f"{lake.root}/{last.outputs[0].name}")
+    return (doc, [f"steps     {way}", f"          read again: {proof}"]) if doc else None
+
+
+def _lines(
+    lake: Lake, run: str, row: dict[str, Any] | None, doc: dict[str, Any], came: list[str] | None = None
+) -> list[str]:
+    refined = doc if came else _find(lake, run, "30_refine_text", doc_id=doc["doc_id"])
     cluster = _find(lake, run, "40_deduplicate", doc_id=doc["doc_id"])
     place = {k: doc[k] for k in ("warc_filename", "warc_record_offset", "url")}
     selected = _find(lake, run, "10_explore_index", **place)
@@ -65,9 +115,11 @@ def _lines(lake: Lake, run: str, row: dict[str, Any] | None, doc: dict[str, Any]
         f"document  {doc['doc_id']} by {doc['extractor']}, charset {doc['charset']}: {_short(doc['title'])}"
     )
     if refined:
+        words = refined["tags"]["words"]  # not counted where no rule asks for it
+        size = "" if words is None else f"{words:.0f} words, "
         masked = ", ".join(f"{v} {k}" for k, v in refined["pii"].items() if v) or "nothing"
         lines.append(
-            f"refined   language {refined['lang']} ({refined['lang_score']:.2f}), {refined['tags']['words']:.0f} words, "
+            f"refined   language {refined['lang']} ({refined['lang_score']:.2f}), {size}"
             f"masked {masked}, {'dropped: ' + refined['drop_reason'] if refined['drop_reason'] else 'kept'}"
         )
     if cluster:
@@ -86,6 +138,8 @@ def _lines(lake: Lake, run: str, row: dict[str, Any] | None, doc: dict[str, Any]
     lines.append(
         f"bytes     {doc['warc_filename']}, offset {doc['warc_record_offset']}, length {doc['warc_record_length']}"
     )
+    if came:
+        return [*lines, *came]
     text = row["completion"] if row else (refined or doc)["text"]
     manifest = lake.need(run, "10_explore_index")
     return [
@@ -102,7 +156,8 @@ def _proof(base: str, selected: dict[str, Any], doc: dict[str, Any], text: str) 
             raw = archive.read_bytes(
                 f, doc["warc_record_offset"], doc["warc_record_length"], wrapping, 1 << 30
             )
-        page = archive.parse_page(raw, 1 << 30)
+        is_row = wrapping in rows.WRAPPINGS
+        page = rows.page(raw, doc["url"]) if is_row else archive.parse_page(raw, 1 << 30)
     except RecordError as error:
         return f"the bytes there cannot be read now: {error}"
     source = decode(page.payload, page.charset)[0]
