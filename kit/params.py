@@ -227,7 +227,8 @@ class Refining(Stage):
         description="what else to tell of a document (5 ms each); empty = nothing, and nothing is computed",
     )
     entity_models: Strings = Field(
-        [], description="installed spaCy pipelines to find names with, each for its language; empty = by rules"
+        [],
+        description="installed spaCy pipelines to find names with, each for its language; empty = by rules",
     )
 
 

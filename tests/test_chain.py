@@ -124,7 +124,7 @@ def test_status_is_done_everywhere(smoke):
 
 def test_a_training_row_leads_back_to_its_bytes(smoke):
     lake, folder, _ = smoke
-    rows = lake.table(lake.need("smoke", "50_build_datasets"), "train.parquet").to_pylist()
+    rows = lake.table(lake.need("smoke", "50_build_datasets"), "train").to_pylist()
     status, out, _ = kit("trace", rows[7]["row_id"], "--lake", "mylake", cwd=folder)
     assert status == 0 and rows[7]["doc_id"] in out
     where = next(x for x in out.splitlines() if x.startswith("bytes"))

@@ -157,7 +157,7 @@ def test_the_stage_runs_on_the_sample_without_peers(tmp_path):
     )  # fmt: skip
     manifest = data_benchmark.benchmark_data(p, lake)
     rows = {r["row"]: r for r in lake.table(manifest, "rows").to_pylist()}
-    assert manifest.counts.dropped == {"peer not installed": 2} and not manifest.counts.failed
+    assert manifest.counts.dropped == {"peer not installed": 6} and not manifest.counts.failed
     assert rows["datatrove: FineWeb's rules"]["error"] == data_benchmark.NOT_INSTALLED
     assert {"auto", "resiliparse", "trafilatura", "DuckDB", "Spark SQL"} <= set(rows)
     loop, spark = rows["kit, plain loop"], rows["kit, Spark on 1 cores"]

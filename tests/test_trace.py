@@ -17,7 +17,7 @@ def rows(lake: Lake, stage: str, name: str) -> list[dict]:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_a_row_leads_to_bytes_that_hold_it(data_lake: Lake, refined: dict, split: str) -> None:
     by_id = {d["doc_id"]: d for d in refined.values()}
-    for row in rows(data_lake, "50_build_datasets", f"{split}.parquet")[::25]:
+    for row in rows(data_lake, "50_build_datasets", split)[::25]:
         told = trace(data_lake, row["row_id"], ["sample"])
         doc = by_id[row["doc_id"]]
         for part in (
@@ -41,7 +41,7 @@ def test_documents_lead_to_bytes_that_hold_them(data_lake: Lake, refined: dict) 
 
 
 def test_a_pair_shows_both_sides(data_lake: Lake) -> None:
-    pair = rows(data_lake, "50_build_datasets", "preferences.parquet")[0]
+    pair = rows(data_lake, "50_build_datasets", "preferences")[0]
     told = trace(data_lake, pair["pair_id"], ["sample"])
     assert pair["item"] in told
     assert told.index(pair["chosen_row"]) < told.index(pair["rejected_row"])

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kit.data import formats
-from kit.data.dedup import boilerplate_lines, without_boilerplate
+from kit.data.boilerplate import boilerplate_lines, without_boilerplate
 from kit.data.formats import FORMATS, ROW, Account, Made, Row, fold, jsonl, row_id
 from kit.data.preferences import PAIR, build_pairs
 from kit.lake import Input, Lake, LakeError, Manifest, StageWriter

@@ -1,251 +1,271 @@
-"""Documents → clusters of copies, with one kept of each.
+"""Documents → clusters of copies, with one kept of each; and the lines that a site repeats on its pages.
 
-Exact copies have the same set of word n-grams of normalised text; near copies are found by MinHash-LSH over
-those sets (Broder 1997; bands as in FineWeb: 14 × 8 by default) and *verified*: only pairs whose true Jaccard
-index is at least `min_jaccard` are joined, and a copy is removed only if it is that close to the one that stays.
+Exact copies share their URL, the digest of their bytes, or their text. Near copies are found by MinHash-LSH over sets
+of word n-grams (Broder 1997; 14 × 8 as in FineWeb) and *verified*: only pairs whose true Jaccard index is at least
+`min_jaccard` are joined, and a near copy goes only if it is that close to the very document that stays.
 
-Survivor rule `richest`: most marked-up reviews, then longest text, then earliest fetch, then lowest doc_id.
-It depends on the documents alone, so partitions, retries and cores never change which copy stays.
+Which copy stays is decided by the documents alone (`survivor`, then the earliest fetch, then the lowest doc_id), so
+parts, retries and cores change nothing. Spark shuffles `numpy` arrays as bytes, one from each task to each: a row
+for every key would cost the JVM more than all the rest. No text is shuffled, and only counts come to the driver.
 """
 
 from __future__ import annotations
 
-import unicodedata
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+from pyspark.core.rdd import RDD
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from kit.data import quality
-from kit.data.spark import SparkError, collect, session
+from kit.data.boilerplate import LINE, boilerplate_lines, count_lines, repeated, spell, without_boilerplate
+from kit.data.copies import (
+    ID,
+    KEY,
+    LABEL,
+    PAIR,
+    PAIRS_FLOOR,
+    REASONS,
+    VERDICT,
+    Job,
+    candidates,
+    decide,
+    identity,
+    joined,
+    label,
+    rows_of,
+    sign,
+    split,
+    verify,
+)  # fmt: skip
+from kit.data.minhash import mix
+from kit.data.spark import SparkError, collect, plan, session
 from kit.lake import Counts, Lake, Manifest, Output, write_table
 from kit.params import Deduplicate
 from kit.show import progress
 
+__all__ = [
+    "BOILERPLATE",
+    "CLUSTER",
+    "NEAR",
+    "boilerplate_lines",
+    "clusters_at",
+    "deduplicate",
+    "without_boilerplate",
+]
+
 CLUSTER = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("cluster_id", pa.string()),
-        ("keep", pa.bool_()),
-        ("reason", pa.string()),
-        ("survivor", pa.string()),
-        ("jaccard", pa.float32()),
-    ]
+    [("doc_id", pa.string()), ("cluster_id", pa.string()), ("keep", pa.bool_()), ("reason", pa.string()),
+     ("survivor", pa.string()), ("jaccard", pa.float32())]
+)  # fmt: skip
+NEAR = pa.schema([("a", pa.string()), ("b", pa.string()), ("jaccard", pa.float32())])
+BOILERPLATE = pa.schema(
+    [("host", pa.string()), ("line", pa.string()), ("pages", pa.int32()), ("of_pages", pa.int32())]
 )
-ALL_PAIRS_UP_TO = 40
-"""In larger LSH buckets each text is compared with one only: all pairs would grow with the square."""
-MAX_ROUNDS = 30
-COLUMNS = ["doc_id", "text", "fetch_time", "reviews"]
+PAIRS_KEPT = 100_000
+"""Verified pairs that are kept to be looked at: a sample that depends on the documents alone."""
+FEW_PAIRS = 2_000_000
+"""So many are joined by one task (200 MB); more in rounds over all of Spark."""
+LEAST_GROUP_BYTES, MOST_GROUP_BYTES = 1e6, 64e6
+"""Compressed input of a task: one task a core within these bounds, as each task costs 60 ms of CPU before it works."""
+ROWS_PER_PART, MAX_ROUNDS = 100_000, 30
+Blob = tuple[int, Any]
+"""What is shuffled: the number of the task it goes to, and an array."""
 
 
-def normalise(text: str) -> str:
-    """Lower case, digits as 0, no diacritics: what copies have in common."""
-    plain = unicodedata.normalize("NFD", text.lower())
-    return "".join("0" if c.isdigit() else c for c in plain if not unicodedata.combining(c))
+def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
+    """Refined documents → `part-…`, one row of `CLUSTER` for each document that moved on so far; `pairs`, the
+    verified ones from `PAIRS_FLOOR` on; and `boilerplate-…`, the lines that hosts repeat. Nothing is deleted.
+    """
+    with lake.stage(p) as out:
+        source = out.read("30_refine_text")
+        context = session(p).sparkContext
+        sizes = [o.bytes for o in source.outputs if o.name.startswith("part")]
+        paths, n_docs = lake.paths(source, "part"), source.counts.records_out
+        share = sum(sizes) / context.defaultParallelism * 1.05
+        most = max(min(share, MOST_GROUP_BYTES), LEAST_GROUP_BYTES)
+        groups = [[paths[i] for i in share] for share in plan(sizes, most)]
+        job = Job(p, lake, out.base, out.attempt, groups, -(-n_docs // ROWS_PER_PART))
+        numbers, n = context.parallelize(range(len(groups)), len(groups)), len(groups)
+        done = context.accumulator(0)
+
+        def signed(group: int) -> Iterator[Blob]:
+            rows, n_signed = sign(job, group)
+            done.add(n_signed)
+            return split(rows, (rows["key"] >> np.uint64(33)) % np.uint64(n))
+
+        with progress(n_docs, "deduplicate", "documents") as bar:
+            bar.note("signatures and pairs")
+            pairs = _to(_to(numbers.flatMap(signed), n).mapPartitions(_paired), n)
+            verified = pairs.mapPartitions(lambda x: [verify(job, _one(x, PAIR))]).persist()
+            told = collect(verified.map(lambda x: (x[0], len(_joined(x[1], p)))), done, bar)
+            compared, n_joined = (sum(x) for x in zip(*told, strict=True))
+            bar.note("clusters")
+            labels = (_few if n_joined <= FEW_PAIRS else _many)(verified, p, n)
+            decided = _to(labels, n).mapPartitions(lambda x: [decide(job, _one(x, LABEL))]).persist()
+            placed = _to(decided.mapPartitionsWithIndex(partial(_placed, job)), job.parts)
+            results = collect(verified.coalesce(1).mapPartitions(partial(_write_pairs, job)), done, bar)
+            results += collect(placed.mapPartitionsWithIndex(partial(_write_part, job)), done, bar)
+            if p.boilerplate_pages:
+                bar.note("boilerplate")
+                results += collect(_boilerplate(job, decided, n), done, bar)
+            verified.unpersist()
+            decided.unpersist()
+        reasons: Counter[str | None] = Counter()
+        for output, found in results:
+            out.add(Output(**output))
+            reasons.update(found)
+        kept = reasons.pop(None, 0)
+        counts = Counts(records_in=n_docs, records_out=kept, dropped=dict(sorted(reasons.items())))
+        rules = {"survivor_rule": p.survivor, "min_jaccard": p.min_jaccard}
+        return out.commit(counts, rules | {"pairs_compared": compared, "pairs_joined": n_joined})
 
 
-def shingles(text: str, ngram: int) -> np.ndarray:
-    """Sorted distinct 64-bit hashes of the text's word n-grams, int64; a shorter text is one shingle."""
-    tokens = quality.words(normalise(text))
-    codes = np.fromiter((zlib.crc32(t.encode()) for t in tokens), np.uint64, len(tokens))
-    n = min(ngram, len(codes))
-    if n == 0:
-        return np.empty(0, np.int64)
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))
-        windows = np.lib.stride_tricks.sliding_window_view(codes, n)
-        return np.unique(_mix((windows * powers).sum(axis=1, dtype=np.uint64)).view(np.int64))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: spreads the bits of 64-bit integers."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
-
-
-def bands(hashes: np.ndarray, buckets: int, rows: int, seed: int) -> list[int]:
-    """One int64 per LSH band: equal in two texts with probability J^rows (J = their Jaccard index)."""
-    if not len(hashes):
-        return []
-    random = np.random.default_rng(seed)
-    keys = random.integers(1, 2**63, buckets * rows, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        minima = np.array([_mix(hashes.view(np.uint64) ^ key).min() for key in keys]).reshape(buckets, rows)
-        band = minima[:, 0].copy()
-        for column in minima.T[1:]:
-            band = _mix(band * np.uint64(31) + column)
-        # the band's number goes in, so that equal values of two bands are no match
-        return _mix(band + np.arange(buckets, dtype=np.uint64)).view(np.int64).tolist()
-
-
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Jaccard index of two sorted sets."""
-    common = len(np.intersect1d(a, b, assume_unique=True))
-    return common / (len(a) + len(b) - common) if len(a) + len(b) else 0.0
-
-
-def _signed(lake_uri: str, paths: list[str], p: Deduplicate) -> Iterator[tuple[Any, ...]]:
-    """Per kept document: id, rank of the survivor rule, shingles, bands (the last one of the whole text)."""
-    fs = Lake(lake_uri).fs
-    for path in paths:
-        table = pq.read_table(
-            path, columns=COLUMNS, filters=pc.field("drop_reason").is_null(), filesystem=fs, partitioning=None
-        )
-        for row in table.to_pylist():
-            grams = shingles(row["text"], p.ngram)
-            whole = int(np.bitwise_xor.reduce(grams)) if len(grams) else 0
-            rank = f"{9999 - min(len(row['reviews']), 9999):04d}{10**9 - len(row['text']):010d}{row['fetch_time']}"
-            yield (
-                row["doc_id"],
-                rank,
-                grams.tolist(),
-                [*bands(grams, p.buckets, p.hashes_per_bucket, p.seed), whole],
-            )
-
-
-def candidate_pairs(docs: DataFrame) -> DataFrame:
-    """Pairs (a < b) of documents that share a band."""
-    buckets = (
-        docs.select("doc_id", F.explode("bands").alias("band"))
-        .groupBy("band")
-        .agg(F.array_sort(F.collect_set("doc_id")).alias("ids"))
-        .where(F.size("ids") > 1)
+def clusters_at(pairs: pa.Table, min_jaccard: float) -> list[int]:
+    """Sizes of the clusters that the verified `pairs` would make at another threshold, largest first."""
+    near = pairs.filter(np.asarray(pairs["jaccard"]) >= min_jaccard)
+    ends = (
+        pa.chunked_array([*near["a"].chunks, *near["b"].chunks], pa.string())
+        .combine_chunks()
+        .dictionary_encode()
     )
-    small = buckets.where(F.size("ids") <= ALL_PAIRS_UP_TO)
-    left = small.select("band", F.explode("ids").alias("a"), "ids")
-    pairs = left.select("a", F.explode("ids").alias("b"))
-    star = buckets.where(F.size("ids") > ALL_PAIRS_UP_TO).select(
-        F.col("ids")[0].alias("a"), F.explode("ids").alias("b")
+    a, b = np.split(np.asarray(ends.indices), 2)
+    return sorted(
+        Counter(label(rows_of(PAIR, a=a, b=b, exact=False))["label"].tolist()).values(), reverse=True
     )
-    return pairs.union(star).where("a < b").distinct()
 
 
-def verified_pairs(docs: DataFrame, pairs: DataFrame, min_jaccard: float) -> DataFrame:
-    """The pairs whose shingle sets really overlap enough."""
-    sets = docs.select("doc_id", "grams")
-    joined = pairs.join(sets.toDF("a", "ga"), "a").join(sets.toDF("b", "gb"), "b")
-    common = F.size(F.array_intersect("ga", "gb"))
-    return joined.where(common >= min_jaccard * (F.size("ga") + F.size("gb") - common)).select("a", "b")
+def _to(blobs: RDD, parts: int) -> RDD:
+    """Each blob to the task it is for."""
+    return blobs.partitionBy(parts, int)
+
+
+def _one(blobs: Iterable[Blob], dtype: np.dtype) -> np.ndarray:
+    return joined((rows for _, rows in blobs), dtype)
+
+
+def _paired(blobs: Iterable[Blob]) -> Iterator[Blob]:
+    pairs = candidates(_one(blobs, KEY))
+    return split(pairs, pairs["a"] >> 32)
+
+
+def _joined(edges: np.ndarray, p: Deduplicate) -> np.ndarray:
+    """The pairs that make a cluster."""
+    return edges[edges["exact"] | (edges["jaccard"] >= p.min_jaccard)][list(PAIR.names)].astype(PAIR)
+
+
+def _few(verified: RDD, p: Deduplicate, n: int) -> RDD:
+    """Clusters of few pairs, by one task."""
+
+    def work(found: Iterable[Any]) -> Iterator[Blob]:
+        labels = label(joined((_joined(edges, p) for _, edges in found), PAIR))
+        return split(labels, labels["label"] % n)
+
+    return verified.coalesce(1).mapPartitions(work)
+
+
+def _many(verified: RDD, p: Deduplicate, n: int) -> RDD:
+    """Clusters of many pairs, by Spark."""
+
+    def work(found: Iterable[Any]) -> Iterator[Blob]:
+        labels = np.array([tuple(row) for row in found], LABEL)
+        return split(labels, labels["label"] % n)
+
+    rows = verified.flatMap(lambda found: _joined(found[1], p)[["a", "b"]].tolist())
+    return components(rows.toDF("a long, b long")).select("label", "doc").rdd.mapPartitions(work)
 
 
 def components(pairs: DataFrame) -> DataFrame:
-    """Connected components as (doc_id, cluster_id): each document takes the least id of its neighbours, then the
-    id which that one took, until nothing changes; the jump makes a chain of n copies settle in about log n rounds.
+    """Connected components as (doc, label): each document takes the least label of its neighbours, then the one
+    which that one took, until nothing changes; the jump makes a chain of n copies settle in about log n rounds.
     """
-    edges = pairs.union(pairs.select("b", "a")).toDF("doc_id", "other").cache()
+    edges = pairs.union(pairs.select("b", "a")).toDF("doc", "other").cache()
     labels = (
-        edges.groupBy("doc_id")
-        .agg(F.min("other").alias("m"))
-        .select("doc_id", F.least("doc_id", "m").alias("cluster_id"))
+        edges.groupBy("doc").agg(F.min("other").alias("m")).select("doc", F.least("doc", "m").alias("label"))
     )
     for _ in range(MAX_ROUNDS):
         labels = labels.localCheckpoint()
-        best = (
-            edges.join(labels.withColumnRenamed("doc_id", "other"), "other")
-            .groupBy("doc_id")
-            .agg(F.min("cluster_id").alias("best"))
-        )
-        after = labels.join(best, "doc_id").select(
-            "doc_id",
-            F.least("cluster_id", "best").alias("cluster_id"),
-            (F.col("best") < F.col("cluster_id")).alias("moved"),
+        around = edges.join(labels.withColumnRenamed("doc", "other"), "other")
+        best = around.groupBy("doc").agg(F.min("label").alias("best"))
+        after = labels.join(best, "doc").select(
+            "doc", F.least("label", "best").alias("label"), (F.col("best") < F.col("label")).alias("moved")
         )
         after = after.localCheckpoint()
         if after.where("moved").isEmpty():
             edges.unpersist()
             return after.drop("moved")
-        jump = after.select(F.col("doc_id").alias("cluster_id"), F.col("cluster_id").alias("least"))
-        labels = after.join(jump, "cluster_id").select("doc_id", F.col("least").alias("cluster_id"))
+        jump = after.select(F.col("doc").alias("label"), F.col("label").alias("least"))
+        labels = after.join(jump, "label").select("doc", F.col("least").alias("label"))
     raise SparkError(f"clusters of copies did not settle in {MAX_ROUNDS} rounds; raise min_jaccard")
 
 
-def survivors(members: Iterable[tuple[str, str, list[int]]], min_jaccard: float) -> Iterator[dict[str, Any]]:
-    """Decide one cluster: `(rank, doc_id, shingles)` → rows of `CLUSTER`.
-
-    The best-ranked document stays and takes with it what is close enough to *itself*; what is only close to
-    another copy goes on to the next round, so no copy leaves without a near survivor.
-    """
-    left = [(doc, np.array(grams, np.int64)) for _, doc, grams in sorted(members)]
-    cluster = min(doc for doc, _ in left)
-    while left:
-        (best, best_grams), *others = left
-        left = []
-        yield {
-            "doc_id": best,
-            "cluster_id": cluster,
-            "keep": True,
-            "reason": None,
-            "survivor": best,
-            "jaccard": 1.0,
-        }
-        for doc, grams in others:
-            j = jaccard(best_grams, grams)
-            if j >= min_jaccard:
-                reason = "exact copy" if j == 1.0 else "near copy"
-                yield {
-                    "doc_id": doc,
-                    "cluster_id": cluster,
-                    "keep": False,
-                    "reason": reason,
-                    "survivor": best,
-                    "jaccard": j,
-                }
-            else:
-                left.append((doc, grams))
+def _placed(job: Job, group: int, verdicts: Iterable[np.ndarray]) -> Iterator[Blob]:
+    """The ids of a group's documents, and some verdicts, to the parts where they are written."""
+    for rows in (job.signed(group)["doc_id"], *verdicts):
+        ids = rows if rows.dtype == ID else rows["doc_id"]
+        yield from split(rows, identity(ids) % np.uint64(job.parts))
 
 
-def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
-    """Refined documents → `part-…`, one row of `CLUSTER` for each document that moved on so far."""
-    with lake.stage(p) as out:
-        source = out.read("30_refine_text")
-        paths = lake.paths(source, "part")
-        lake_uri, folder, attempt, n_parts = lake.uri, out.base, out.attempt, len(paths)
-        spark = session(p)
-        done = spark.sparkContext.accumulator(0)
+def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Any, Counter[str | None]]]:
+    """One output part; documents without a verdict are alone."""
+    arrays = [rows for _, rows in blobs]
+    ids = np.sort(joined((x for x in arrays if x.dtype == ID), np.dtype(ID)))
+    made = rows_of(VERDICT, doc_id=ids, cluster_id=ids, survivor=ids, reason=0, jaccard=1.0, doc=0)
+    verdicts = joined((x for x in arrays if x.dtype == VERDICT), VERDICT)
+    made[ids.searchsorted(verdicts["doc_id"])] = verdicts
+    reasons = pa.array(REASONS).take(pa.array(made["reason"]))
+    keep = pa.array(made["reason"] == 0)
+    doc, cluster, survivor = (_strings(made[x]) for x in ("doc_id", "cluster_id", "survivor"))
+    columns = [doc, cluster, keep, reasons, survivor, made["jaccard"].astype(np.float32)]
+    yield _written(job, f"part-{number:05d}", pa.table(columns, schema=CLUSTER)), Counter(reasons.to_pylist())
 
-        def write(share: tuple[int, Iterable[dict[str, Any]]]) -> dict[str, Any]:
-            decided = sorted(share[1], key=lambda r: r["doc_id"])
-            table = pa.Table.from_pylist(decided, schema=CLUSTER)
-            output = write_table(lake_uri, folder, attempt, f"part-{share[0]:05d}", table)
-            done.add(len(decided))
-            return {"output": output.model_dump(), "reasons": Counter(r["reason"] for r in decided)}
 
-        with progress(source.counts.records_out, "deduplicate", "documents") as bar:
-            bar.note("signatures and pairs")
-            rows = spark.sparkContext.parallelize(paths, n_parts)
-            docs = spark.createDataFrame(
-                rows.mapPartitions(lambda x: _signed(lake_uri, list(x), p)),
-                "doc_id string, rank string, grams array<bigint>, bands array<bigint>",
-            ).cache()
-            labels = components(verified_pairs(docs, candidate_pairs(docs), p.min_jaccard))
-            bar.note("survivors")
-            clusters = docs.join(labels, "doc_id", "left").withColumn(
-                "cluster_id", F.coalesce("cluster_id", "doc_id")
-            )
-            decided = (
-                clusters.rdd.map(lambda r: (r.cluster_id, (r.rank, r.doc_id, r.grams)))
-                .groupByKey(n_parts)
-                .flatMap(lambda x: survivors(x[1], p.min_jaccard))
-                .map(lambda row: (int(row["doc_id"][:6], 16) % n_parts, row))
-                .groupByKey(n_parts)
-            )
-            results = collect(decided.map(write), done, bar)
-        reasons: Counter[str | None] = Counter()
-        for result in results:
-            out.add(Output(**result["output"]))
-            reasons.update(result["reasons"])
-        docs.unpersist()
-        kept = reasons.pop(None, 0)
-        counts = Counts(
-            records_in=source.counts.records_out, records_out=kept, dropped=dict(sorted(reasons.items()))
-        )
-        return out.commit(counts, {"survivor_rule": "richest", "min_jaccard": p.min_jaccard})
+def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Any, Counter[str | None]]]:
+    """At most `PAIRS_KEPT` of the pairs that are close, the same ones however the work is cut."""
+    kept = None
+    for _, edges in found:
+        close = edges[edges["jaccard"] >= PAIRS_FLOOR]
+        kept = close if kept is None else np.concatenate([kept, close])
+        kept = kept[(identity(kept["a_id"]) ^ mix(identity(kept["b_id"]))).argsort()[:PAIRS_KEPT]]
+    kept = kept[np.lexsort((kept["b_id"], kept["a_id"]))]
+    columns = [_strings(kept["a_id"]), _strings(kept["b_id"]), kept["jaccard"].astype(np.float32)]
+    yield _written(job, "pairs", pa.table(columns, schema=NEAR)), Counter()
+
+
+def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
+    """Lines counted by group, summed by host, spelled by group, written by host."""
+
+    def counted(group: int, blobs: Iterable[Blob]) -> Iterator[Blob]:
+        rows = count_lines(job.pages(group), {doc for _, rows in blobs for doc in rows["doc"].tolist()})
+        return split(rows, rows["host"] % np.uint64(n))
+
+    def summed(blobs: Iterable[Blob]) -> Iterator[Blob]:
+        rows = repeated(_one(blobs, LINE), job.p)
+        return split(rows, rows["doc"] >> 32)
+
+    def spelled(group: int, blobs: Iterable[Blob]) -> Iterator[Blob]:
+        found = list(spell(job.pages(group), _one(blobs, LINE)))
+        shares = identity(np.array([x["host"].encode() for x in found], "S256")) % np.uint64(job.parts)
+        return zip(shares.tolist(), found, strict=True)
+
+    def write(number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Any, Counter[str | None]]]:
+        if found := sorted((x for _, x in blobs), key=lambda x: (x["host"], x["line"])):
+            table = pa.Table.from_pylist(found, schema=BOILERPLATE)
+            yield _written(job, f"boilerplate-{number:05d}", table), Counter()
+
+    gone = decided.flatMap(lambda rows: split(rows := rows[rows["reason"] > 0], rows["doc"] >> 32))
+    sums = _to(_to(gone, n).mapPartitionsWithIndex(counted), n).mapPartitions(summed)
+    words = _to(_to(sums, n).mapPartitionsWithIndex(spelled), job.parts)
+    return words.mapPartitionsWithIndex(write)
+
+
+def _strings(ids: np.ndarray) -> pa.Array:
+    return pa.array(np.ascontiguousarray(ids), pa.binary()).cast(pa.string())
+
+
+def _written(job: Job, name: str, table: pa.Table) -> dict[str, Any]:
+    return write_table(job.lake.uri, job.folder, job.attempt, name, table).model_dump()

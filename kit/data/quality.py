@@ -28,9 +28,6 @@ from kit import resolve
 from kit.data import words as w
 from kit.params import ParamError, nearest
 
-SOLO, JOINERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff", "'’.-"
-TOKEN = re.compile(rf"[{SOLO}]|[^\W{SOLO}]+(?:[{JOINERS}][^\W{SOLO}]+)*")
-"""A word: one character of an unspaced script, or letters and digits, joined by single marks."""
 BULLETS, ELLIPSES = ("•", "-"), ("...", "…")
 UNSPACED = frozenset({"zh", "ja", "th", "lo", "km", "my"})
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
@@ -138,24 +135,6 @@ def overrides(thresholds: tuple[str, ...]) -> dict[tuple[str, str], float]:
             raise ParamError(f"parameter 'thresholds': no 'set: rule <= number' in {text!r}{hint}")
         found[name, "high" if parts[3] == "<=" else "low"] = float(parts[4])
     return found
-
-
-def words(text: str) -> list[str]:
-    """Words without punctuation; characters of unspaced scripts are words of their own.
-
-    The tokens of `TOKEN`, found faster: what is in none becomes a space, and the rest is split at spaces.
-    """
-    codes, inside, solo = _inside(text)
-    if solo.any():
-        return TOKEN.findall(text)
-    return np.where(inside, codes, np.uint32(32)).tobytes().decode("utf-32-le").split()
-
-
-def cheap_words(text: str) -> int:
-    """`len(words(text))`, exactly, without making the words: for raw text that may not be worth more work."""
-    _, inside, solo = _inside(text)
-    starts = np.count_nonzero(inside[1:] > inside[:-1]) + np.count_nonzero(inside[:1])
-    return int(starts + np.count_nonzero(solo))
 
 
 def measure(
@@ -394,23 +373,3 @@ def _repeated(at: np.ndarray, grams: np.ndarray, n: int, ends: np.ndarray) -> in
             else:
                 seen.add(gram)
     return chars
-
-
-def _inside(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Code points of a text, which of them are in words of letters and digits, and which are a word alone."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    kinds = _kinds()[codes]
-    inside = kinds == 1
-    inside[1:-1] |= (kinds[1:-1] == 2) & inside[:-2] & inside[2:]
-    return codes, inside, kinds == 3
-
-
-@cache
-def _kinds() -> np.ndarray:
-    """What each code point is to `TOKEN`: 1 letter or digit, 2 joiner, 3 a word alone, 0 none of them."""
-    kinds = np.zeros(0x110000, np.uint8)
-    every = np.arange(len(kinds), dtype=np.uint32).tobytes().decode("utf-32-le", "surrogatepass")
-    for kind, pattern in enumerate((r"\w+", f"[{JOINERS}]", f"[{SOLO}]+"), start=1):
-        for run in re.finditer(pattern, every):
-            kinds[run.start() : run.end()] = kind
-    return kinds

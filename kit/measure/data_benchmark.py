@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from kit import resolve
 from kit.lake import Counts, Lake, Manifest
-from kit.measure import data_jobs, process_tree
+from kit.measure import data_jobs, near_jobs, process_tree
 from kit.measure.process_tree import Measured
 from kit.params import BenchmarkData, ExploreIndex, ParamError
 from kit.show import progress
@@ -36,6 +36,7 @@ PEERS_INSTALL = "python -m venv .cache/peers && .cache/peers/bin/pip install -c 
 kit's language detector uses, and the detector then refuses to work."""
 NOT_INSTALLED = "not installed: pip install '.[peers]'"
 TRAINED = "flattering on pages it was trained on: cross-validated scores are in kit/data/blocks_card.md"
+NEAR_DEDUP = "near-dedup"
 HUNDREDS_TB = 300.0
 """Beside a whole crawl: the reference system processed "hundreds of TB within a week"."""
 
@@ -163,6 +164,11 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         Row("whole way", "kit, plain loop, no masking", "kit_way", here | {"mask_pii": False}, base, n),
         Row("whole way", f"kit, Spark on {cores} cores", "kit_way", here | {"cores": cores}, base, n),
     ]  # fmt: skip
+    texts, by = str(work / "trafilatura.json"), "datatrove's filters"
+    rows += [
+        Row("refine", by, "datatrove_filters", {"texts": texts, "lid_model": str(model)}, by, peer=True),
+        Row("refine", "kit: every rule", "kit_filters", {"texts": texts}, by),
+    ]
     if p.spark_archive:
         large = here | {"archive": resolve(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
         on_spark = large | {"cores": cores}
@@ -172,6 +178,17 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
             Row("spark", f"Spark on {cores} cores", "kit_way", on_spark, "plain loop"),
             Row("spark", "Spark, a twentieth of it", "kit_way", few, "plain loop"),
         ]
+    corpus, near = str(work / "texts" / "corpus.parquet"), "datatrove, 14 × 8"
+    Path(corpus).parent.mkdir(exist_ok=True)
+    archive = resolve(p.spark_archive) if p.spark_archive else str(pages)
+    near_jobs.near_corpus(archive, p.spark_pages, corpus)
+    rows += [
+        Row(NEAR_DEDUP, near, "near_datatrove", {"corpus": corpus, "work": "{work}"}, near, peer=True),
+        Row(NEAR_DEDUP, "text-dedup, 14 × 8", "near_textdedup", {"corpus": corpus, "work": "{work}"}, near, peer=True),
+        Row(NEAR_DEDUP, "rensa, 14 × 8", "near_rensa", {"corpus": corpus}, near, peer=True),
+        Row(NEAR_DEDUP, f"kit 40, Spark on {cores} cores", "near_kit",
+            {"corpus": corpus, "lake": "{work}", "cores": cores}, near),
+    ]  # fmt: skip
     fs, path = fsspec.core.url_to_fs(resolve(p.count_index))
     found = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
     files = [fs.unstrip_protocol(f).removeprefix("file://") for f in found]
@@ -188,7 +205,11 @@ def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
         return Measured(error=NOT_INSTALLED)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         arguments = {k: folder if v == "{work}" else v for k, v in row.arguments.items()}
-        return process_tree.measure(f"{data_jobs.__name__}:{row.job}", arguments, python)
+        jobs = near_jobs if row.group == NEAR_DEDUP else data_jobs
+        found = process_tree.measure(f"{jobs.__name__}:{row.job}", arguments, python)
+    if row.peer and found.error and found.error.startswith("ModuleNotFoundError"):
+        return Measured(error=NOT_INSTALLED)
+    return found
 
 
 def _times(row: Row, base: Row, of: int) -> float | None:

@@ -136,7 +136,9 @@ def kit_filters(texts: str) -> dict[str, int]:
 
     p = RefineText(quality_rules=list(RULE_SETS), tag_rules=[], pii_types=[], features=[])
     bare = {"url": "", "title": "", "reviews": [], "images": []}
-    documents = [bare | {"text": t} for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t]
+    documents = [
+        bare | {"text": t} for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t
+    ]
     refine_rows([bare | {"text": kit_filters.__doc__}], p)
     mark("start")
     kept = sum(row["drop_reason"] is None for i in range(0, len(documents), 64) for row in refine_rows(documents[i : i + 64], p))  # fmt: skip
@@ -184,7 +186,7 @@ def count_languages(files: list[str], engine: str, cores: int) -> dict[str, int]
         from kit.data.spark import session
         from kit.params import Cores
 
-        table = session(Cores(cores=cores)).read.parquet(*files)
+        table = session(Cores(cores=cores), java_options="").read.parquet(*files)  # a JVM as Spark starts it
         # a new plan each time: Spark keeps the shuffle of an old one
         ask = lambda: table.groupBy(column).count().collect()  # noqa: E731
     total = sum(row[1] for row in ask())
