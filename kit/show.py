@@ -27,6 +27,10 @@ p.note {{ color: #66757f; font-size: .9em }}
 """
 
 
+MOST_WORDS = 1500
+"""Of a text whose differences are shown."""
+
+
 class Table:
     """Rows that a notebook, a terminal and a page can all print; every cell is escaped in HTML."""
 
@@ -257,10 +261,11 @@ def stack(*parts: Any) -> Page:
 
 
 def difference(left: str, right: str) -> Page:
-    """Two texts side by side, words that are in one only marked."""
+    """Two texts side by side, words that are in one only marked; of long ones the beginning (finding differences
+    takes time as the square of the words)."""
     import difflib
 
-    a, b = left.split(), right.split()
+    a, b = ([w[:200] for w in x.split()[:MOST_WORDS]] for x in (left[:100_000], right[:100_000]))
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         for side, words in ((0, a[a0:a1]), (1, b[b0:b1])):

@@ -59,3 +59,14 @@ def test_an_unknown_id_is_one_clear_line(data_lake: Lake) -> None:
         trace(data_lake, "x1", ["sample"])
     with pytest.raises(LakeError, match="no run"):
         trace(data_lake, "x1", [])
+
+
+def test_which_copy_stays_and_why(data_lake: Lake) -> None:
+    decided = data_lake.table(data_lake.need("sample", "40_deduplicate")).to_pylist()
+    gone = next(d for d in decided if d["reason"] == "near copy")
+    alone = next(d for d in decided if not any(d["doc_id"] == x["survivor"] for x in decided if x is not d))
+    told = {d["doc_id"]: trace(data_lake, d["doc_id"], ["sample"]) for d in (gone, alone)}
+    assert f"goes, near copy of {gone['survivor']} (Jaccard {gone['jaccard']:.2f})" in told[gone["doc_id"]]
+    stays = sum(d["survivor"] == gone["survivor"] for d in decided) - 1
+    assert f"stays by the rule 'richest', {stays} go" in trace(data_lake, gone["survivor"], ["sample"])
+    assert "dedup     no copies" in told[alone["doc_id"]]

@@ -123,17 +123,7 @@ def _lines(
             f"masked {masked}, {'dropped: ' + refined['drop_reason'] if refined['drop_reason'] else 'kept'}"
         )
     if cluster:
-        size = (
-            "alone"
-            if cluster["cluster_id"] == doc["doc_id"] and cluster["keep"]
-            else f"cluster {cluster['cluster_id']}"
-        )
-        fate = (
-            "kept"
-            if cluster["keep"]
-            else f"{cluster['reason']} of {cluster['survivor']} ({cluster['jaccard']:.2f})"
-        )
-        lines.append(f"dedup     {size}, {fate}")
+        lines.append(f"dedup     {_fate(lake.need(run, '40_deduplicate'), cluster, lake)}")
     lines.append(f"page      {printable(doc['url'])}, fetched {doc['fetch_time']}, status {doc['status']}")
     lines.append(
         f"bytes     {doc['warc_filename']}, offset {doc['warc_record_offset']}, length {doc['warc_record_length']}"
@@ -146,6 +136,19 @@ def _lines(
         *lines,
         f"          {_proof(resolve(manifest.metrics['archive_base']), selected or doc, doc, text)}",
     ]
+
+
+def _fate(manifest: Manifest, cluster: dict[str, Any], lake: Lake) -> str:
+    """What deduplication decided about a document, and by what."""
+    if not cluster["keep"]:
+        near = f"{cluster['reason']} of {cluster['survivor']} (Jaccard {cluster['jaccard']:.2f})"
+        return f"cluster {cluster['cluster_id']}: goes, {near}"
+    stays = lake.table(manifest, "part", ["survivor"])["survivor"]
+    copies = pc.sum(pc.equal(stays, cluster["doc_id"])).as_py() - 1
+    rule = manifest.metrics["survivor_rule"]
+    return (
+        f"cluster {cluster['cluster_id']}: stays by the rule '{rule}', {copies} go" if copies else "no copies"
+    )
 
 
 def _proof(base: str, selected: dict[str, Any], doc: dict[str, Any], text: str) -> str:
