@@ -27,6 +27,7 @@ p.note {{ color: #66757f; font-size: .9em }}
 """
 
 
+CELL, PLAIN = "padding:.2em .7em;vertical-align:top", "mathjax_ignore"
 MOST_WORDS = 1500
 """Of a text whose differences are shown."""
 
@@ -55,19 +56,23 @@ class Table:
     def _repr_html_(self) -> str:
         first = self.rows[0] if self.rows else {}
         head = "".join(
-            f'<th style="text-align:{align(first.get(c))}">{escape(str(c))}</th>' for c in self.columns
+            f'<th style="text-align:{align(first.get(c))};{CELL};border-bottom:1px solid {PALE}">{escape(str(c))}</th>'
+            for c in self.columns
         )
         body = "".join(
             "<tr>"
             + "".join(
-                f'<td style="text-align:{align(row.get(c))};padding:.2em .7em">'
-                f"{html.escape(self.cell(row.get(c)))}</td>"
+                f'<td style="text-align:{align(row.get(c))};{CELL}">{html.escape(self.cell(row.get(c)))}</td>'
                 for c in self.columns
             )
             + "</tr>"
             for row in self.rows
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        # styled here, as widgets have no style for tables; not typeset: "$5 or $10" is no formula
+        return (
+            f'<table class="{PLAIN}" style="line-height:1.3;border-collapse:collapse">'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
 
     def __repr__(self) -> str:
         cells = [[self.cell(row.get(c)).replace("\n", " ") for c in self.columns] for row in self.rows]
@@ -84,7 +89,8 @@ class Table:
 
 def align(value: Any) -> str:
     """`right` for numbers and missing values, `left` for words."""
-    return "right" if value is None or isinstance(value, (int, float)) else "left"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "right" if value is None or number else "left"
 
 
 def printable(text: str) -> str:
@@ -249,7 +255,7 @@ class Page:
         self.markup = markup
 
     def _repr_html_(self) -> str:
-        return self.markup
+        return f'<div class="{PLAIN}" style="line-height:1.4">{self.markup}</div>'
 
     def __repr__(self) -> str:
         return printable(html.unescape(re.sub(r"<[^>]*>", " ", self.markup))).strip()
@@ -260,7 +266,7 @@ def stack(*parts: Any) -> Page:
     return Page("".join(part._repr_html_() for part in parts))
 
 
-def difference(left: str, right: str) -> Page:
+def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Page:
     """Two texts side by side, words that are in one only marked; of long ones the beginning (finding differences
     takes time as the square of the words)."""
     import difflib
@@ -274,7 +280,8 @@ def difference(left: str, right: str) -> Page:
                 text if kind == "equal" or not text else f'<mark style="background:#f6d5cc">{text}</mark>'
             )
     cells = "".join(
-        f'<td style="width:50%;vertical-align:top;text-align:left">{" ".join(s)}</td>' for s in sides
+        f'<td style="width:50%;vertical-align:top;text-align:left;padding-right:1em"><b>{escape(name)}</b><br>{" ".join(s)}</td>'
+        for name, s in zip(names, sides, strict=True)
     )
     return Page(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
 
@@ -320,6 +327,8 @@ def explore(render: Any, **choices: Any) -> Any:
         if isinstance(choice, str):
             wide["layout"] = w.Layout(width="64em")  # prompts and URLs are long
             return w.Text(value=choice, description=label, continuous_update=False, **wide)
+        if any(len(str(option)) > 40 for option in choice):
+            wide["layout"] = w.Layout(width="64em")
         return w.Dropdown(options=choice, description=label, **wide)
 
     follows = {name: functools.cache(choice) for name, choice in choices.items() if callable(choice)}

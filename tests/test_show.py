@@ -35,7 +35,7 @@ def test_a_table_aligns_numbers_right_and_cuts_long_texts():
 
 
 def test_an_empty_table_is_shown():
-    assert "<table>" in show.Table([])._repr_html_() and repr(show.Table([])) == ""
+    assert "<table " in show.Table([])._repr_html_() and repr(show.Table([])) == ""
     assert "<th" in show.Table([], ["a"])._repr_html_() and repr(show.Table([], ["a"])) == "a"
 
 
@@ -59,9 +59,9 @@ def test_a_widget_follows_its_controls():
         lambda n, word, name: show.Page(f"{n} {word} {name}"), n=(0, 10, 1, 2), word=["a", "b"], name="x"
     )
     number, word, name, view = widget.children
-    assert view.value == "2 a x"
+    assert ">2 a x<" in view.value
     number.value, word.value, name.value = 3, "b", "y"
-    assert view.value == "3 b y"
+    assert ">3 b y<" in view.value
 
 
 def test_a_choice_can_follow_the_choices_before_it():
@@ -74,11 +74,11 @@ def test_a_choice_can_follow_the_choices_before_it():
         site=lambda crawl, kind: sites[crawl, kind],
     )
     crawl, kind, site, view = widget.children
-    assert view.value == "a x ax1" and site.options == ("ax1", "ax2")
+    assert ">a x ax1<" in view.value and site.options == ("ax1", "ax2")
     kind.value = "y"
-    assert view.value == "a y ay" and site.options == ("ay",)
+    assert ">a y ay<" in view.value and site.options == ("ay",)
     crawl.value = "b"
-    assert view.value == "b x bx" and kind.options == ("x",)
+    assert ">b x bx<" in view.value and kind.options == ("x",)
     assert asked == [("a", "x", "ax1"), ("a", "y", "ay"), ("b", "x", "bx")], "shown once for each click"
 
 
@@ -89,3 +89,8 @@ def test_figures_carry_their_numbers(n):
     assert len(ax.patches) == min(n, 5) and max(b.get_width() for b in ax.patches) == n
     kept = show.funnel(Counts(records_in=3, records_out=1, dropped={"a": 1}, failed={"b": 1}), "t")
     assert [t.get_text() for t in kept.get_yticklabels()] == ["failed: b", "a", "kept"]
+
+
+def test_dollars_are_no_formula():
+    for shown in (show.Table([{"a": "$5 or $10"}]), show.difference("$5", "$6"), show.text_page("$5", "$6")):
+        assert "mathjax_ignore" in shown._repr_html_()

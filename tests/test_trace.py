@@ -48,12 +48,6 @@ def test_a_pair_shows_both_sides(data_lake: Lake) -> None:
     assert told.count("offset") == 2
 
 
-def test_a_removed_copy_tells_which_was_kept(data_lake: Lake) -> None:
-    copy = next(r for r in rows(data_lake, "40_deduplicate", "part") if r["reason"] == "near copy")
-    told = trace(data_lake, copy["doc_id"], ["sample"])
-    assert f"near copy of {copy['survivor']} ({copy['jaccard']:.2f})" in told
-
-
 def test_an_unknown_id_is_one_clear_line(data_lake: Lake) -> None:
     with pytest.raises(LakeError, match="no row, pair or document 'x1'"):
         trace(data_lake, "x1", ["sample"])

@@ -148,7 +148,7 @@ def process(x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     with explained(f"cannot process {name}"):
         try:
             if name.startswith(f"raw/{p.run}/") and not hidden:
-                return {"path": name} | _extract(name, x, p, lake)
+                return {"path": name, "sequencer": x.sequencer} | _extract(name, x, p, lake)
             if name.startswith(f"{zone(p, 'extracted')}/") and name.endswith(".json") and not hidden:
                 return _refine(name, p, lake)
         except FileNotFoundError:
@@ -284,7 +284,7 @@ def _refine(name: str, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     started, source, (before, own) = time.perf_counter(), read_manifest(lake, name), tokens(p)
     folder, key, file = name.removesuffix(".json").rsplit("/", 2)
     order, content = file.split(".", 1)
-    told, target = {"path": source.metrics["path"]}, f"{zone(p, 'refined')}/{key}"
+    told, target = {"path": source.metrics["path"], "sequencer": order}, f"{zone(p, 'refined')}/{key}"
     if not source.outputs or not content.endswith(before):  # what was extracted another way comes again
         return told | {"status": "ignored"}
     if _settled(lake, f"{folder}/{key}", order, before) == "older":

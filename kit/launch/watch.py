@@ -213,15 +213,19 @@ def refine_on_arrival(p: RefineOnArrival, lake: Lake, files: Mapping[str, bytes]
     """
     started, folder = time.perf_counter(), f"{p.zone}/{p.run}/{p.stage}"
     names = {f"raw/{p.run}/{name}" for name in files}
-    left = set(names)
+    left, since = set(names), ""
 
     def drop() -> None:
+        nonlocal since
+        # what an earlier landing left here comes first, and is not what is waited for; stores tell whole seconds
+        since = f"{int(time.time()) * 10**6:016x}"
         for name, data in files.items():
             put(lake, f"raw/{p.run}/{name}", data)
 
     with progress(len(left), "arrived", "files") as bar, closing(watch(p, lake, drop, quiet_s=10)) as results:
         for result in results:
-            if result["path"] in left and result["status"] in ENDS:
+            new = since and result.get("sequencer", "") >= since
+            if result["path"] in left and result["status"] in ENDS and (new or result["status"] == "error"):
                 left.remove(result["path"])
                 bar.update()
             if not left:
