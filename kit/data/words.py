@@ -177,6 +177,14 @@ def split(piece: str) -> tuple[str, ...]:
     if not UNSPACED.search(piece):
         if piece.isalpha():
             return (piece,)
+        # most of what is new is a word with a mark behind it, which need not go through all the patterns
+        word, mark = piece[:-1], piece[-1]
+        if (
+            word.isalpha()
+            and word not in SPECIALS
+            and (mark in ',;:!?)]"”’' or (mark == "." and word[-1].islower()))
+        ):
+            return (word, mark)
     else:
         return tuple(PLAIN.findall(piece))
     if len(piece) > LONGEST_PIECE:
@@ -235,6 +243,8 @@ class _Memory(dict):
 
 
 def _traits(token: str) -> tuple[int, ...]:
+    if token.isalpha() and token not in STOP_WORDS:
+        return len(token), 1, 1, 0, 0, 0
     word = any(c not in SYMBOLS for c in token)
     alpha = token.isalpha() or any(map(str.isalpha, token))
     stop = 1 << STOP_WORDS.index(token) if token in STOP_WORDS else 0
