@@ -71,7 +71,9 @@ def no_network(monkeypatch):
 
     def refuse(*args, **kwargs):
         address = args[-1]
-        if isinstance(address, tuple) and address[0] == "127.0.0.1":  # the gateway of a Spark session that another test left
+        if (
+            isinstance(address, tuple) and address[0] == "127.0.0.1"
+        ):  # the gateway of a Spark session that another test left
             return connect(*args)
         attempts.append(address)
         raise OSError("network touched")
