@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from test_lake import s3  # noqa: F401  a fixture
 
 from kit.data.datasets import Splits, build_datasets, grid, heldout_groups, plain, split_rows
 from kit.data.extract import REVIEW
@@ -342,7 +341,7 @@ def test_datasets_streams_exactly_the_rows_from_disk(tmp_path: Path) -> None:
     check_streams(a_lake(str(tmp_path / "lake"), films(40)), tmp_path)
 
 
-def test_datasets_streams_exactly_the_rows_from_s3(s3: str, tmp_path: Path) -> None:  # noqa: F811
+def test_datasets_streams_exactly_the_rows_from_s3(s3: str, tmp_path: Path) -> None:
     check_streams(a_lake(s3, films(40)), tmp_path)
 
 

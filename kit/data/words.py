@@ -34,7 +34,7 @@ UNITS = (
     "Pa mbar mb MB kb KB gb GB tb TB T G M K % км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с "
     "км/ч кПа Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ тб"
 )
-LETTER, LOWER, UPPER = r"\p{L}", r"[\p{Ll}\p{Lo}]", r"[\p{Lu}\p{Lo}]"
+LETTER, UPPER = r"\p{L}", r"[\p{Lu}\p{Lo}]"
 LOWER_OR_QUOTE, UPPER_OR_QUOTE = (rf"[{x}{regex.escape(QUOTES)}]" for x in (r"\p{Ll}\p{Lo}", r"\p{Lu}\p{Lo}"))
 
 
