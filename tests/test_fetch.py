@@ -25,7 +25,6 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from conftest import SAMPLE
-from test_lake import s3  # noqa: F401
 
 from kit.data import archive, fetch, polite
 from kit.data.archive import RecordError

@@ -16,7 +16,6 @@ import fsspec
 import pytest
 from conftest import SAMPLE, run_data_stages
 from test_archive import MEMBERS, SITE, record
-from test_lake import s3  # noqa: F401 (a fixture)
 
 from kit import ROOT
 from kit.data import archive, job

@@ -12,7 +12,6 @@ import fsspec
 import pyarrow.parquet as pq
 import pytest
 from conftest import CRAWL, SAMPLE
-from test_lake import s3  # noqa: F401  a fixture
 
 from kit.data import polite
 from kit.data.index import Index, explore_index
