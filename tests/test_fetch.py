@@ -578,7 +578,7 @@ def test_what_a_rerun_asks_for_again():
 
 
 @pytest.fixture(scope="module")
-def bucket(s3, few):  # noqa: F811
+def bucket(s3, few):
     name = few[0]["warc_filename"]
     fsspec.filesystem("s3").pipe_file(f"lake-bucket/crawl/{name}", (SAMPLE / name).read_bytes())
     return "s3://lake-bucket/crawl"

@@ -172,7 +172,7 @@ def test_rows_of_one_record_count_all_or_not_at_all() -> None:
     assert not tally.groups
 
 
-def test_archives_on_s3_give_the_same(tmp_path: Path, s3: str) -> None:  # noqa: F811
+def test_archives_on_s3_give_the_same(tmp_path: Path, s3: str) -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # other modules had a server of their own
     fs = fsspec.filesystem("s3")
     local = archives(tmp_path)

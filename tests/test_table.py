@@ -102,7 +102,7 @@ def test_a_stage_over_http_selects_the_same(serve, tmp_path: Path, data_lake: La
     assert [i.uri for i in manifest.inputs] == [f"{address}/crawl-data/{CRAWL}/cc-index-table.paths.gz"]
 
 
-def test_an_index_on_s3_is_read_in_place(s3) -> None:  # noqa: F811
+def test_an_index_on_s3_is_read_in_place(s3) -> None:
     store = fsspec.filesystem("s3", skip_instance_cache=True)
     for path in SAMPLE.glob("cc-index/table/**/*.parquet"):
         store.put_file(str(path), f"lake-bucket/{path.relative_to(SAMPLE)}")
