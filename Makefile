@@ -17,7 +17,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[all,test]'
-	$(BIN)/python -m kit.train.models
+	$(BIN)/python -m kit.train.shipped
 	@touch $@
 
 demo: install  ## the newcomer's run: the whole chain on the sample crawl

@@ -39,7 +39,16 @@ SCHEMA_VERSION = 1
 MANIFEST = "_manifest.json"
 FAILED = "_failed.json"
 WHOLE_FILE_HASH_BYTES = 64 << 20
-NOT_IN_CONTENT = {"kit.params", "kit.show", "kit.cost", "kit.pipeline", "kit"}
+NOT_IN_CONTENT = {
+    "kit.params",
+    "kit.params.stage",
+    "kit.params.data",
+    "kit.params.train",
+    "kit.show",
+    "kit.cost",
+    "kit.pipeline",
+    "kit",
+}
 """Modules that decide how a result is chosen or shown, not what it is: editing them makes nothing stale."""
 
 

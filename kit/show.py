@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import math
 import os
 import re
 import sys
@@ -115,6 +116,16 @@ def page(title: str, *parts: str) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{CSS}</style></head>'
         f"<body><h1>{escape(title)}</h1>{''.join(parts)}</body></html>"
     )
+
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def spark(values: Sequence[float], width: int = 12) -> str:
+    """The last `width` numbers as a line of blocks, the highest full."""
+    last = [v for v in values[-width:] if math.isfinite(v)]
+    low, span = min(last, default=0.0), (max(last, default=0.0) - min(last, default=0.0)) or 1.0
+    return "".join(SPARKS[round((v - low) / span * (len(SPARKS) - 1))] for v in last)
 
 
 class Progress:

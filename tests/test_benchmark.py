@@ -6,6 +6,7 @@ from test_preference import dpo_params, tuned_lake
 
 from kit import params
 from kit.measure.benchmark import benchmark_training
+from kit.train.methods import METHODS
 from kit.train.preference import align
 
 
@@ -43,7 +44,7 @@ def test_flops_by_method_are_exact_and_the_timings_no_content(lake):
     first, second = bench(lake), bench(lake)
     assert first.content_sha256 == second.content_sha256
     rows = {r["method"]: r for r in lake.table(first, "model_flops").to_pylist()}
-    assert set(rows) == {"lora", "dora", "full"}
+    assert set(rows) == set(METHODS)
     assert rows["full"]["method_to_full"] == 1
     assert rows["lora"]["method_to_full"] < 0.8
     assert rows["lora"]["naive_to_true"] > 1.2

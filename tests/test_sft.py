@@ -12,11 +12,13 @@ import pytest
 import torch
 from test_models import TEXT, no_network, tiny_model
 
-from kit import params
+from kit import ROOT, params
 from kit.lake import Counts, Lake
-from kit.train import models, sft
+from kit.train import loop, models, sft
+from kit.train.encode import Rows, perplexity, prepare
+from kit.train.methods import METHODS
 from kit.train.models import ModelError
-from kit.train.sft import Rows, finetune, prepare
+from kit.train.sft import finetune
 
 
 def review(i, completion, prompt="The film is"):
@@ -91,10 +93,10 @@ def test_a_run_learns_and_says_what_ran(tmp_path, monkeypatch):
     rows = prepare(
         lake.table(lake.need("sample", "50_build_datasets"), "heldout").to_pylist(), tokenizer, 48
     ).rows
-    assert models.perplexity(tuned, tokenizer, rows)[0] == pytest.approx(m["perplexity_after"], rel=1e-3)
+    assert perplexity(tuned, tokenizer, rows)[0] == pytest.approx(m["perplexity_after"], rel=1e-3)
 
 
-@pytest.mark.parametrize("method", list(sft.METHODS))
+@pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_gives_the_same_bytes_twice(tmp_path, method):
     lake = make_lake(tmp_path)
     p = sft_params(lake, method=method)
@@ -111,15 +113,15 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_bytes(tmp_path):
     other = make_lake(tmp_path / "b")
     code = (
         "import sys, time\nfrom kit.lake import Lake\nfrom kit.params import FinetuneSft\n"
-        "from kit.train import sft\n"
-        "class Slow(sft.Live):\n"
+        "from kit.train import loop, sft\n"
+        "class Slow(loop.Live):\n"
         "    def on_step_end(self, *a, **k):\n"
         "        super().on_step_end(*a, **k); print('step', flush=True); time.sleep(float(sys.argv[3]))\n"
-        "sft.Live = Slow\nsft.finetune(FinetuneSft.model_validate_json(sys.argv[2]), Lake(sys.argv[1]))\n"
+        "loop.Live = Slow\nsft.finetune(FinetuneSft.model_validate_json(sys.argv[2]), Lake(sys.argv[1]))\n"
     )
     p = sft_params(other, sft_steps=6).model_dump_json()
     # another hash seed in each process: PEFT keeps its target modules in a set
-    env = {**os.environ, "PYTHONPATH": str(sft.models.ROOT), "PYTHONHASHSEED": "7"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, other.uri, p]
     first = subprocess.Popen([*command, "60"], stdout=subprocess.PIPE, env=env, text=True)
     while "step" not in first.stdout.readline():
@@ -199,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
     def broken(*args, **kwargs):
         model = load(*args, **kwargs)
-        monkeypatch.setattr(models, "perplexity", lambda *a, **k: (1.0, 1))
+        monkeypatch.setattr(sft, "perplexity", lambda *a, **k: (1.0, 1))
         torch.nn.init.constant_(model.model.norm.weight, float("nan"))
         return model
 
@@ -212,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 def test_the_tiles_of_the_chunked_loss_change_nothing_but_speed(tmp_path, monkeypatch):
     losses = []
     for tile in (64, 32768):
-        monkeypatch.setattr(sft, "CPU_TILE", tile)
+        monkeypatch.setattr(loop, "CPU_TILE", tile)
         lake = make_lake(tmp_path / str(tile))
         losses.append(finetune(sft_params(lake), lake).metrics["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

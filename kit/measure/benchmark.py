@@ -10,10 +10,10 @@ from peft import get_peft_model
 
 from kit.cost import usd_per_million
 from kit.lake import Counts, Lake, Manifest
-from kit.params import BenchmarkTraining
+from kit.params import BenchmarkTraining, FinetuneSft
 from kit.train import models
 from kit.train.flops import measured_peak, model_flops, naive_6n
-from kit.train.sft import METHODS, adapter_config
+from kit.train.methods import METHODS, adapter_config, base_quantization
 
 
 def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
@@ -41,9 +41,8 @@ def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
 
 
 def _ran_in(manifest: Manifest) -> str:
-    """The type that the matmuls ran in: autocast's where it was on."""
-    ran = manifest.metrics["what_ran"]
-    return ran["autocast"] if ran["autocast"] != "none" else ran["dtype"]
+    """The type that the matmuls ran in."""
+    return manifest.metrics["what_ran"]["computes_in"]
 
 
 def run_row(manifest: Manifest, peak: float, naive_per_token: float, usd_per_hour: float) -> dict[str, Any]:
@@ -79,9 +78,10 @@ def flops_by_method(p: BenchmarkTraining, lora_r: int) -> list[dict[str, Any]]:
     """
     rows = []
     for method in METHODS:
-        model = models.load_model(p.base_model, dtype=p.dtype)
+        tuning = FinetuneSft(base_model=p.base_model, method=method, lora_r=lora_r)
+        model = models.load_model(p.base_model, dtype=p.dtype, quantization=base_quantization(tuning))
         naive = naive_6n(model)
-        config = adapter_config(method, lora_r, lora_r)
+        config = adapter_config(tuning)
         counted = model_flops(get_peft_model(model, config) if config else model)
         rows.append(
             {

@@ -15,8 +15,8 @@ from kit import show
 from kit.lake import Counts, Lake, Manifest
 from kit.params import CompareGenerations
 from kit.train import models
+from kit.train.encode import perplexity, prepare
 from kit.train.models import ModelError
-from kit.train.sft import prepare
 
 STEPS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -49,7 +49,7 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
             for name, stages in STEPS.items():
                 model = models.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
                 said[name] = complete_all(model, tokenizer, prompts, p)
-                value, tokens = models.perplexity(model, tokenizer, heldout.rows)
+                value, tokens = perplexity(model, tokenizer, heldout.rows)
                 scores.append({"model": name, "perplexity": value, "tokens": tokens})
                 del model
                 models.release()

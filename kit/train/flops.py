@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -101,8 +101,10 @@ def _probe(model: nn.Module) -> tuple[list[_Matmul], list[int]]:
     matmuls: list[_Matmul] = []
     attended: list[int] = []
 
+    positions = PROBE_TOKENS + virtual_tokens(model)
+
     def linear(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if args[0].numel() // args[0].shape[-1] == PROBE_TOKENS:
+        if args[0].numel() // args[0].shape[-1] == positions:
             matmuls.append(_Matmul(_size(module), module.weight.requires_grad, args[0].requires_grad))
 
     flows: dict[nn.Module, bool] = {}
@@ -135,6 +137,13 @@ def _probe(model: nn.Module) -> tuple[list[_Matmul], list[int]]:
         for hook in hooks:
             hook.remove()
     return matmuls, attended
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """Positions that a learned prompt puts before every row; those of a prefix are keys and values only."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    learned = config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
+    return config.num_virtual_tokens if learned else 0
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -21,8 +21,10 @@ from trl import DPOConfig, DPOTrainer
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
 from kit.train import models
+from kit.train.encode import Rows
+from kit.train.loop import Metered, common, quiet, run, steps_table
+from kit.train.methods import adapter_config
 from kit.train.models import ModelError
-from kit.train.sft import Metered, Rows, adapter_config, common, quiet, run, steps_table
 
 LN2 = math.log(2)
 LN2_TOLERANCE = 1e-3
@@ -135,5 +137,5 @@ def build(
             ),
             train_dataset=datasets.Dataset.from_list(pairs),
             processing_class=tokenizer,
-            peft_config=adapter_config("lora", p.lora_r, p.lora_alpha),
+            peft_config=adapter_config(p),
         )

@@ -1,0 +1,246 @@
+"""Parameters of the training half: 60–74, 80 and 90."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from kit.params.stage import PATH, Stage, Strings
+
+METHODS = ("full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix")
+"""Ways to tune a model; `kit.train.methods` says what each of them is."""
+Method = Literal["full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix"]
+Quantization = Literal["auto", "none", "int8", "nf4", "nf4_double"]
+
+
+class Training(Stage):
+    """What every stage that runs a model takes."""
+
+    zone: ClassVar[str] = "models"
+
+    base_model: str = Field(
+        "smollm2", description="smollm2 (shipped), a hub id, a local folder or a GGUF file"
+    )
+    trust_remote_code: bool = Field(
+        False, description="run code that a model brings along; yes only for authors you trust"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where it is fast"
+    )
+    threads: int = Field(
+        0, description="CPU threads, 0 = OMP_NUM_THREADS or all; results are exact for a given number", ge=0
+    )
+    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
+
+
+class Tuning(Training):
+    """What every stage takes that trains a model, or an adapter of one."""
+
+    method: Method = Field("lora", description="what is trained")
+    quantization: Quantization = Field(
+        "auto", description="of the frozen base; auto: nf4_double for qlora, else none"
+    )
+    lora_r: int = Field(16, description="rank of a LoRA, QLoRA or DoRA adapter", ge=1)
+    lora_alpha: int = Field(32, description="its scale", ge=1)
+    virtual_tokens: int = Field(16, description="length of a learned prompt or prefix, in tokens", ge=1)
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw", description="adamw_8bit keeps its state in a quarter of the memory"
+    )
+    gradient_accumulation: int = Field(
+        1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations a second time instead of keeping them"
+    )
+
+
+class FinetuneSft(Tuning):
+    """60: base → adapter."""
+
+    stage: ClassVar[str] = "60_finetune_sft"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    task: Literal["completion", "text", "instruction", "chat"] = Field(
+        "completion",
+        description="completion: the answer counts; text: all of it; instruction: ###; chat: template",
+    )
+    packing: bool = Field(False, description="fill every row to max_tokens with whole documents, no padding")
+    sft_steps: int = Field(8, description="optimizer steps", ge=1)
+    sft_batch_size: int = Field(4, description="rows per forward and backward pass", ge=1)
+    sft_learning_rate: float = Field(0.0, description="peak learning rate, 0 = the method's own", ge=0)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+    checkpoint_steps: int = Field(
+        0, description="steps between checkpoints; a run that is killed goes on from its last; 0 = none", ge=0
+    )
+
+
+class ComparePeft(Tuning):
+    """61: every way to tune, on the same rows with the same budget."""
+
+    stage: ClassVar[str] = "61_compare_peft_methods"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    methods: Strings = Field(list(METHODS), description="what is compared")
+    compare_steps: int = Field(3, description="optimizer steps of each", ge=1)
+    sft_batch_size: int = Field(4, description="rows per forward and backward pass", ge=1)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+
+class ContinuePretraining(Training):
+    """62: a small model from scratch, and the shipped one trained further on the curated text."""
+
+    stage: ClassVar[str] = "62_continue_pretraining"
+    needs: ClassVar[tuple[str, ...]] = ("40_deduplicate", "50_build_datasets")
+
+    pretrain_vocab: int = Field(2048, description="entries of the new tokenizer", ge=300)
+    pretrain_hidden: int = Field(128, description="width of the new model", ge=16)
+    pretrain_layers: int = Field(4, description="its layers", ge=1)
+    pretrain_steps: int = Field(60, description="optimizer steps from scratch", ge=1)
+    pretrain_batch_size: int = Field(8, description="packed rows per step", ge=1)
+    pretrain_learning_rate: float = Field(3e-3, description="peak learning rate", gt=0)
+    continue_steps: int = Field(6, description="optimizer steps of the continued model", ge=1)
+    continue_batch_size: int = Field(4, description="packed rows per step", ge=1)
+    continue_learning_rate: float = Field(5e-5, description="peak learning rate", gt=0)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+
+class AlignDpo(Tuning):
+    """70: adapter → aligned."""
+
+    stage: ClassVar[str] = "70_align_dpo"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
+
+    preference_loss: Literal["dpo", "ipo", "kto", "orpo"] = Field(
+        "dpo",
+        description="dpo and ipo compare with a reference, kto judges texts one by one, orpo needs none",
+    )
+    preferences_from: Literal["50_build_datasets", "72_constitutional_feedback"] = Field(
+        "50_build_datasets", description="stage whose preference pairs are used"
+    )
+    dpo_beta: float = Field(0.1, description="how strongly the reference holds the policy", gt=0)
+    dpo_steps: int = Field(4, description="optimizer steps", ge=1)
+    dpo_batch_size: int = Field(2, description="pairs per forward and backward pass", ge=1)
+    dpo_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
+    sweep_betas: Strings = Field([], description="other values of dpo_beta to train beside it, for a figure")
+
+
+class RewardAndPolicy(Tuning):
+    """71: a reward model from comparisons, and a policy optimised against it."""
+
+    stage: ClassVar[str] = "71_reward_and_policy"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
+
+    reward_steps: int = Field(8, description="optimizer steps of the reward model", ge=1)
+    reward_batch_size: int = Field(4, description="pairs per step", ge=1)
+    reward_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
+    policy_objective: Literal["rloo", "grpo"] = Field("grpo", description="how rewards become advantages")
+    policy_steps: int = Field(4, description="optimizer steps of the policy", ge=1)
+    policy_prompts: int = Field(2, description="prompts per step", ge=1)
+    policy_generations: int = Field(4, description="answers to each prompt, compared with each other", ge=2)
+    policy_iterations: int = Field(1, description="updates on each batch of answers", ge=1)
+    policy_learning_rate: float = Field(1e-4, description="peak learning rate", gt=0)
+    policy_clip: float = Field(0.2, description="how far the ratio of new to old probability counts", gt=0)
+    policy_kl_beta: float = Field(0.05, description="price of moving away from the reference", ge=0)
+    policy_tokens: int = Field(40, description="length of an answer", ge=1)
+    reward_eval_pairs: int = Field(
+        24, description="held-out pairs that score the reward model, at most", ge=1
+    )
+
+
+class ConstitutionalFeedback(Training):
+    """72: principles → critique → revision → preference pairs."""
+
+    stage: ClassVar[str] = "72_constitutional_feedback"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    principles_file: str = Field(
+        "data_samples/principles.yaml", description="the principles, a list in YAML", json_schema_extra=PATH
+    )
+    feedback_prompts: int = Field(4, description="prompts of the training rows that are answered", ge=1)
+    feedback_seed_answer: Literal["generate", "dataset"] = Field(
+        "generate", description="first answers: written by the model, or those of the data set"
+    )
+    endpoint: str = Field("", description="OpenAI-compatible URL, …/v1; empty = base_model in this process")
+    endpoint_model: str = Field("", description="model to ask for there")
+    endpoint_key_from: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
+    endpoint_timeout_s: float = Field(60.0, description="longest wait for one answer of the endpoint", gt=0)
+    feedback_tokens: int = Field(48, description="length of an answer", ge=1)
+    feedback_temperature: float = Field(
+        0.7, description="of first answers; critique and judgement are greedy", ge=0
+    )
+
+
+class Distill(Training):
+    """73: a smaller student learns from a tuned teacher's distribution."""
+
+    stage: ClassVar[str] = "73_distill"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
+
+    teacher: str = Field("tuned", description="tuned (60's model), base, a hub id or a local folder")
+    student: str = Field(
+        "", description="hub id or local folder; empty = the teacher's own layers, thinned out"
+    )
+    student_layers: int = Field(12, description="layers kept of the teacher, when student is empty", ge=1)
+    distill_steps: int = Field(8, description="optimizer steps of each student", ge=1)
+    distill_batch_size: int = Field(4, description="rows per step", ge=1)
+    distill_learning_rate: float = Field(3e-4, description="peak learning rate", gt=0)
+    distill_temperature: float = Field(1.0, description="softens both distributions", gt=0)
+    distill_alpha: float = Field(
+        0.5, description="share of the teacher in the loss; the rest is the text", ge=0, le=1
+    )
+    on_policy_share: float = Field(
+        0.5, description="share of on-policy steps, on texts that the student wrote itself", ge=0, le=1
+    )
+    distill_tokens: int = Field(32, description="length of a text the student writes", ge=1)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+
+class MergeAndExport(Training):
+    """74: adapter into base, sharded, reloaded, compared, served."""
+
+    stage: ClassVar[str] = "74_merge_and_export"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
+
+    export_from: Literal["60_finetune_sft", "70_align_dpo"] = Field(
+        "60_finetune_sft", description="last stage whose weights are merged"
+    )
+    export_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="type of the saved weights"
+    )
+    export_shard_mb: int = Field(100, description="largest file, MB", ge=1)
+    serve: bool = Field(True, description="serve the result once and ask it, as a client would")
+    export_tokens: int = Field(24, description="length of the answers that are compared", ge=1)
+    export_rows: int = Field(4, description="held-out rows whose answers are compared with the truth", ge=1)
+
+
+class BenchmarkTraining(Training):
+    """80: speed, MFU and memory of the run just made."""
+
+    stage: ClassVar[str] = "80_benchmark_training"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("60_finetune_sft", "70_align_dpo")
+
+    peak_matmul: int = Field(2048, description="edge of the matmul that measures this machine's peak", ge=64)
+
+
+class CompareGenerations(Training):
+    """90: base | tuned | aligned, side by side."""
+
+    stage: ClassVar[str] = "90_compare_generations"
+    zone: ClassVar[str] = "reports"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft", "70_align_dpo")
+
+    prompts: Strings = Field(
+        [
+            "The review of movie 'A Woman of Paris: A Drama of Fate' is",
+            "The review of movie 'The Last Lighthouse Keeper' is",
+            "The review of movie 'Robots on Holiday' is",
+            "The review of movie 'Midnight in the Archive' is",
+        ],
+        description="what the three models complete",
+    )
+    max_new_tokens: int = Field(56, description="length of a completion", ge=1)
+    temperature: float = Field(0.3, description="0 = greedy", ge=0)
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)

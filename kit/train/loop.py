@@ -1,0 +1,369 @@
+"""What every trainer of the kit shares: settings, the meter, live progress, checkpoints, and what really ran."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import psutil
+import pyarrow as pa
+import torch
+import trl.trainer.utils
+from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+from kit import ROOT, show
+from kit.lake import Lake, StageWriter, code_identity
+from kit.params import Training
+from kit.train import models
+from kit.train.flops import ModelFlops, measured_peak, model_flops
+from kit.train.models import ModelError
+
+CPU_TILE = 2048
+"""Vocabulary entries per tile of TRL's chunked loss on a CPU: its own 32,768 fall out of the cache."""
+
+
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
+"""The kit's names in transformers' words; 8 bits: bitsandbytes (Dettmers et al. 2021)."""
+LOG = "log.jsonl"
+WHOLE = "whole"
+"""An empty file in a checkpoint that was written to its end."""
+
+
+def common(p: Training, model: torch.nn.Module, folder: Path, checkpoint_steps: int = 0) -> dict[str, Any]:
+    """Settings of every TRL trainer of the kit; TRL's own defaults would turn on bf16 and checkpointing."""
+    full = getattr(p, "method", "full") == "full"
+    return {
+        "output_dir": str(folder),
+        "seed": p.seed,
+        "max_length": p.max_tokens,
+        "lr_scheduler_type": "cosine",
+        # full: float32 weights, bfloat16 arithmetic; small updates vanish in bfloat16 weights
+        "bf16": full and models.pick_dtype(p.dtype) == torch.bfloat16,
+        "use_cpu": model.device.type == "cpu",
+        "optim": OPTIMIZERS[getattr(p, "optimizer", "adamw")],
+        "gradient_accumulation_steps": getattr(p, "gradient_accumulation", 1),
+        "activation_checkpointing": getattr(p, "activation_checkpointing", False),
+        "gradient_checkpointing": False,
+        "save_strategy": "steps" if checkpoint_steps else "no",
+        "save_steps": checkpoint_steps or 500,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # the default shows the mean so far instead of a NaN
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+
+
+@contextlib.contextmanager
+def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
+    """Where a run keeps its checkpoints and log while it trains.
+
+    With `keep`, a folder named after the work (parameters, inputs, code) beside the stage, or under `.cache` for a
+    lake that is no folder: a killed run finds it again, another run does not. It goes when the run succeeds.
+    """
+    with tempfile.TemporaryDirectory(prefix="kit-train-") as temp:
+        if not keep:
+            yield Path(temp)
+            return
+        content = [(i.uri, i.content_sha256) for i in out.inputs]
+        code = code_identity(out.p.stage)["source_sha256"]
+        key = hashlib.sha256(json.dumps([out.p.identity(), content, code]).encode()).hexdigest()[:12]
+        base = Path(lake.root) if lake.uri == lake.root else ROOT / ".cache" / "work"
+        folder = base / "models" / out.p.run / "_work" / f"{out.p.stage}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+
+
+class Metered:
+    """Mixin for TRL trainers: counts what a step really computes, gives the first one a learning rate."""
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
+        """One forward and backward pass, its tokens counted: real ones, padded ones, Σ L² for attention."""
+        counted = batch_sizes(inputs)
+        began = time.perf_counter()
+        loss = super().training_step(model, inputs, *args)
+        if not torch.isfinite(loss):
+            raise ModelError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate"
+            )
+        counted["compute_seconds"] = time.perf_counter() - began
+        for key, value in counted.items():
+            self.step_now[key] = self.step_now.get(key, 0) + value
+        return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear warm-up over a tenth of the steps, then half a cosine down to zero.
+
+        transformers' own warm-up begins with a rate of zero; a run of a dozen steps cannot spare one.
+        """
+        warm = max(1, round(num_training_steps / 10))
+
+        def rate(step: int) -> float:
+            if step < warm:
+                return (step + 1) / (warm + 1)
+            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, num_training_steps - warm)))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """A checkpoint's weights as the kit saves them: safetensors, no pickled settings, no call to the hub."""
+        models.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
+
+
+def batch_sizes(inputs: dict[str, Any]) -> dict[str, int]:
+    """Tokens, positions with padding and Σ L² of one batch, padded or packed; of a pair both texts count."""
+    if "cu_seq_lens_q" in inputs:
+        lengths, positions = inputs["cu_seq_lens_q"].diff(), inputs["input_ids"].numel()
+    else:
+        masks = [v for k, v in inputs.items() if k.endswith("attention_mask")]
+        lengths = torch.cat([mask.sum(dim=1) for mask in masks])
+        positions = sum(mask.numel() for mask in masks)
+    lengths = lengths.long()
+    return {
+        "tokens": int(lengths.sum()),
+        "padded_tokens": positions,
+        "squares": int((lengths * lengths).sum()),
+    }
+
+
+class Live(TrainerCallback):
+    """Shows each step, keeps its log, and says which checkpoints are whole."""
+
+    def __init__(self, trainer: Any, bar: show.Progress, counted: ModelFlops, peak: float) -> None:
+        self.trainer, self.bar, self.counted, self.peak = trainer, bar, counted, peak
+        self.log = Path(trainer.args.output_dir) / LOG
+        self.process, self.seen = psutil.Process(), []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.began = time.perf_counter()
+        self.bar.update(state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
+    ) -> None:
+        """Close the step: count, show, and append it to the log on disk."""
+        if not logs or "loss" not in logs:
+            return
+        now = time.perf_counter()
+        step = self.trainer.step_now
+        step["seconds"], self.began = now - self.began, now
+        step["mfu"] = self.counted.total(step["tokens"], step["squares"]) / step["seconds"] / self.peak
+        step["memory_mb"] = round(memory_mb(self.process), 1)
+        self.trainer.meter.append(dict(step))
+        step.clear()
+        entry = {"step": state.global_step, **logs, **self.trainer.meter[-1]}
+        with self.log.open("a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+        self.seen.append(logs["loss"])
+        self.bar.update()
+        self.bar.note(
+            f"loss {logs['loss']:.3f} {show.spark(self.seen)} · {entry['tokens'] / entry['seconds']:,.0f} tokens/s"
+            f" · MFU {entry['mfu']:.0%} · {entry['memory_mb'] / 1024:.1f} GB"
+        )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint is written."""
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+
+
+def memory_mb(process: psutil.Process) -> float:
+    """Memory in use now: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return process.memory_info().rss / 2**20
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint in `folder` that was written to its end."""
+    whole = [f.parent for f in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+
+
+def resume_meter(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What the log on disk says of the steps up to `step`; later ones, which are not in the checkpoint, go."""
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
+    kept = [e for e in map(json.loads, lines) if e["step"] <= step]
+    path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+    return [{k: e[k] for k in METER} for e in kept]
+
+
+METER = ("tokens", "padded_tokens", "squares", "compute_seconds", "seconds", "mfu", "memory_mb")
+
+
+def run(trainer: Any, label: str) -> dict[str, Any]:
+    """Train, from the last whole checkpoint in the trainer's folder where there is one.
+
+    Returns losses, tokens, seconds, tokens/s, peak memory, FLOPs per token and what really ran; of a run that
+    was killed and went on, all steps. Raises `ModelError` when a loss is not finite or the disk is full: the last
+    whole checkpoint stays.
+    """
+    folder = Path(trainer.args.output_dir)
+    last = last_checkpoint(folder)
+    done = int(last.name.rpartition("-")[2]) if last else 0
+    trainer.step_now, trainer.meter = {}, resume_meter(folder, done)
+    counted, peak_rate = model_flops(trainer.model), machine_peak(ran_in(trainer))
+    if done:
+        print(f"{label}: goes on after step {done} of {trainer.args.max_steps}, from {last.name}")
+    with quiet(), show.progress(trainer.args.max_steps, label, "steps") as bar, peak_memory() as peak:
+        trainer.add_callback(Live(trainer, bar, counted, peak_rate))
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not no_space(error):
+                raise
+            kept = last_checkpoint(folder)
+            raise ModelError(
+                f"the disk is full, while saving step {trainer.state.global_step}; "
+                + (
+                    f"{kept.name} is whole: make room and run again"
+                    if kept
+                    else "no checkpoint was whole yet"
+                )
+            ) from None
+    total = {key: sum(m[key] for m in trainer.meter) for key in ("tokens", "padded_tokens", "squares")}
+    seconds = sum(m["seconds"] for m in trainer.meter)
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        **total,
+        "padding_share": round(1 - total["tokens"] / total["padded_tokens"], 4),
+        "train_seconds": round(seconds, 3),
+        "tokens_per_s": round(total["tokens"] / seconds, 2),
+        "peak_rss_mb": peak["mb"],
+        **flops_metrics(counted, total),
+        "mfu": round(counted.total(total["tokens"], total["squares"]) / seconds / peak_rate, 4),
+        "peak_flops_per_s": peak_rate,
+        "resumed_at": done,
+        "trainable": models.describe(trainer.model)["trainable"],
+        "what_ran": what_ran(trainer),
+    }
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error, or what it came from, says that the disk is full."""
+    chain = [error, error.__cause__, error.__context__]
+    full = {errno.ENOSPC, errno.EDQUOT}
+    return any(getattr(e, "errno", None) in full or "No space left" in str(e) for e in chain if e)
+
+
+@functools.cache
+def machine_peak(dtype: str) -> float:
+    """FLOP/s of a matmul in `dtype` here and now; half a second, once a process."""
+    return measured_peak(1024 if not torch.cuda.is_available() else 8192, getattr(torch, dtype), seconds=0.5)
+
+
+def ran_in(trainer: Any) -> str:
+    """The type that the matmuls compute in: autocast's, a quantised base's compute type, or the weights'."""
+    if trainer.args.bf16:
+        return "bfloat16"
+    kinds = [getattr(m, "compute_dtype", None) for m in trainer.model.modules() if hasattr(m, "quant_state")]
+    kind = next((k for k in kinds if k), None) or models.plain_dtype(trainer.model)
+    return str(kind).removeprefix("torch.")
+
+
+def flops_metrics(counted: ModelFlops, total: dict[str, int]) -> dict[str, Any]:
+    """Model FLOPs of the run (forward, backward) and per token, with the convention."""
+    flops = counted.total(total["tokens"], total["squares"])
+    forward = counted.total(total["tokens"], total["squares"], forward_only=True)
+    # what runs beside the model FLOPs: padded positions, and the logits a second time in TRL's chunked loss
+    hardware = counted.weights * total["padded_tokens"] + counted.attention * total["squares"] / 2
+    hardware += 2 * counted.head * total["padded_tokens"]
+    return {
+        "flops": flops,
+        "forward_flops": forward,
+        "hardware_flops": hardware,
+        "flops_per_token": flops / total["tokens"],
+        "flops_convention": counted.convention,
+    }
+
+
+def what_ran(trainer: Any) -> dict[str, Any]:
+    """What a person would otherwise have to believe."""
+    return {
+        **models.describe(trainer.model),
+        "computes_in": ran_in(trainer),
+        "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
+        "trainer": type(trainer).__mro__[2].__name__,
+        "autocast": "bfloat16" if trainer.args.bf16 else "none",
+        "checkpointing": bool(trainer.args.activation_checkpointing),
+        "gradient_accumulation": trainer.args.gradient_accumulation_steps,
+        "processes": trainer.args.world_size,
+        "parallelism": "none" if trainer.args.world_size == 1 else str(trainer.accelerator.distributed_type),
+    }
+
+
+def steps_table(trainer: Any) -> pa.Table:
+    """The log: one row a step, with whatever numbers TRL logged and the meter counted."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    rows = [
+        {
+            "step": entry["step"],
+            **{k: float(v) for k, v in entry.items() if k not in ("step", "epoch")},
+            **meter,
+        }
+        for entry, meter in zip(logs, trainer.meter, strict=True)
+    ]
+    return pa.Table.from_pylist(rows)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' bars and prints out of notebooks; make TRL's loss tiles fit a CPU's cache."""
+    from transformers import trainer as hf_trainer
+
+    tile, shown = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, hf_trainer.PrinterCallback.on_log
+    datasets.disable_progress_bars()
+    if not torch.cuda.is_available():
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
+    hf_trainer.PrinterCallback.on_log = lambda *args, **kwargs: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
+        hf_trainer.PrinterCallback.on_log = shown
+
+
+@contextlib.contextmanager
+def peak_memory(every_s: float = 0.05) -> Iterator[dict[str, float]]:
+    """Peak resident memory of this process in MB while the block runs, by looking every `every_s` seconds.
+
+    A process's own high-water mark would also count what ran before. On a GPU, its allocated peak instead.
+    """
+    found, done, me = {"mb": 0.0}, threading.Event(), psutil.Process()
+
+    def look() -> None:
+        while not done.wait(every_s):
+            found["mb"] = max(found["mb"], round(me.memory_info().rss / 2**20, 1))
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        if torch.cuda.is_available():
+            found["mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
