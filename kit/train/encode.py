@@ -26,13 +26,11 @@ class Rows:
     dropped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
 
-    def require(self, name: str) -> None:
+    def require(self, name: str, stage: str = "50_build_datasets") -> None:
         """Raise `ModelError` when no row is left."""
         if not self.rows:
             gone = ", ".join(f"{n} {reason}" for reason, n in self.dropped.items())
-            raise ModelError(
-                f"the data set of 50_build_datasets has no usable {name} row ({gone or 'it is empty'})"
-            )
+            raise ModelError(f"the data set of {stage} has no usable {name} row ({gone or 'it is empty'})")
 
     def counts(self, steps: int, batch: int, parameter: str) -> Counts:
         """Rows in and out of `steps` steps of `batch` rows; the last batch of an epoch may be smaller."""
@@ -183,3 +181,25 @@ def padded(rows: Sequence[dict[str, list[int]]], pad: int) -> tuple[torch.Tensor
     labels = torch.tensor([r["labels"] + [IGNORED] * gap for r, gap in zip(rows, gaps, strict=True)])
     mask = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps])
     return ids, mask, labels
+
+
+def collate_packed(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
+    """Packed rows (`seq_lengths`: the documents in each) as tensors [rows, longest]: ids, labels, positions.
+
+    Positions begin anew with each document and there is no attention mask: that is how transformers knows where one
+    ends. A row stays a row; TRL's own collator strings a batch into one, whose attention mask is quadratic in all of
+    it where no flash kernel runs. A document's first token, and padding, is not predicted.
+    """
+    ids, _, labels = padded(rows, pad)
+    positions = torch.zeros_like(ids)
+    for row, packed in zip(positions, rows, strict=True):
+        row[: len(packed["input_ids"])] = torch.cat([torch.arange(n) for n in packed["seq_lengths"]])
+    labels[positions == 0] = IGNORED
+    return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+
+def packed_lengths(positions: torch.Tensor) -> torch.Tensor:
+    """Lengths of the documents in `collate_packed`'s rows; a document has two tokens at least, padding none."""
+    ends = torch.nn.functional.pad(positions[:, 1:], (0, 1)) == 0
+    lengths = positions[ends] + 1
+    return lengths[lengths > 1]

@@ -30,6 +30,7 @@ from kit import ROOT, show
 from kit.lake import Lake, StageWriter, code_identity
 from kit.params import Training
 from kit.train import models
+from kit.train.encode import packed_lengths
 from kit.train.flops import ModelFlops, measured_peak, model_flops
 from kit.train.models import ModelError
 
@@ -88,7 +89,8 @@ def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
         folder = base / "models" / out.p.run / "_work" / f"{out.p.stage}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-        shutil.rmtree(folder)
+        for old in folder.parent.glob(f"{out.p.stage}-*"):  # of other parameters or code, too
+            shutil.rmtree(old)
 
 
 class Metered:
@@ -128,12 +130,15 @@ class Metered:
         models.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
 
 
+MASKS = {"attention_mask", "chosen_attention_mask", "rejected_attention_mask"}
+
+
 def batch_sizes(inputs: dict[str, Any]) -> dict[str, int]:
     """Tokens, positions with padding and Σ L² of one batch, padded or packed; of a pair both texts count."""
-    if "cu_seq_lens_q" in inputs:
-        lengths, positions = inputs["cu_seq_lens_q"].diff(), inputs["input_ids"].numel()
+    if "position_ids" in inputs:
+        lengths, positions = packed_lengths(inputs["position_ids"]), inputs["input_ids"].numel()
     else:
-        masks = [v for k, v in inputs.items() if k.endswith("attention_mask")]
+        masks = [v for k, v in inputs.items() if k in MASKS]
         lengths = torch.cat([mask.sum(dim=1) for mask in masks])
         positions = sum(mask.numel() for mask in masks)
     lengths = lengths.long()
@@ -178,6 +183,7 @@ class Live(TrainerCallback):
         self.bar.note(
             f"loss {logs['loss']:.3f} {show.spark(self.seen)} · {entry['tokens'] / entry['seconds']:,.0f} tokens/s"
             f" · MFU {entry['mfu']:.0%} · {entry['memory_mb'] / 1024:.1f} GB"
+            + (f" · margin {logs['rewards/margins']:.3f}" if "rewards/margins" in logs else "")
         )
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -301,14 +307,20 @@ def what_ran(trainer: Any) -> dict[str, Any]:
     return {
         **models.describe(trainer.model),
         "computes_in": ran_in(trainer),
-        "optimizer": type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__,
-        "trainer": type(trainer).__mro__[2].__name__,
+        "optimizer": optimizer_name(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
+        "trainer": next(c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")),
         "autocast": "bfloat16" if trainer.args.bf16 else "none",
         "checkpointing": bool(trainer.args.activation_checkpointing),
         "gradient_accumulation": trainer.args.gradient_accumulation_steps,
         "processes": trainer.args.world_size,
         "parallelism": "none" if trainer.args.world_size == 1 else str(trainer.accelerator.distributed_type),
     }
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Its class, and where bitsandbytes keeps its state in fewer bits, in how many."""
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+    return type(optimizer).__name__ + (f" {bits}bit" if bits != 32 else "")
 
 
 def steps_table(trainer: Any) -> pa.Table:

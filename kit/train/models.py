@@ -207,7 +207,8 @@ def merge_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel
         wrapped = PeftModel.from_pretrained(model, str(folder))
         if wrapped.active_peft_config.is_prompt_learning:
             return wrapped
-        return wrapped.merge_and_unload(safe_merge=True)
+        # PEFT froze them; what is trained next decides anew
+        return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"adapter in '{folder}' cannot be merged: {str(error).splitlines()[0]}") from None
 
@@ -295,6 +296,13 @@ def plain_dtype(model: torch.nn.Module) -> torch.dtype:
         if p.is_floating_point():
             sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
     return max(sizes, key=sizes.__getitem__)
+
+
+def widen_trained(model: torch.nn.Module) -> None:
+    """Trained weights in float32: TRL rounds the adapter of a quantised base to bfloat16, where small updates vanish."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()
 
 
 def release() -> None:

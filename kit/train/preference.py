@@ -1,106 +1,238 @@
-"""70: adapter → aligned. Direct preference optimisation on pairs of a better and a worse completion, by TRL.
+"""70: adapter → aligned. The policy learns from pairs of a better and a worse completion, by TRL.
 
 The policy is the tuned model (its adapter merged) with a new adapter; the reference is the same model with
-that adapter switched off. So nothing is loaded twice, and nobody has to wonder what the reference is: at
-step 0 the two are one, and the loss of a sigmoid over a difference of zero is ln 2.
-
-(Rafailov et al. 2023, Direct Preference Optimization, equation 7.)
+that adapter switched off, or a frozen copy where all weights are trained. Nobody has to wonder what the reference
+is: at step 0 the two are one, so the loss before the first update is known, and is checked.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
 from kit.train import models
 from kit.train.encode import Rows
 from kit.train.loop import Metered, common, quiet, run, steps_table
-from kit.train.methods import adapter_config
+from kit.train.methods import METHODS, adapter_config, base_quantization
 from kit.train.models import ModelError
+from kit.train.plan import require_fit
 
-LN2 = math.log(2)
-LN2_TOLERANCE = 1e-3
-"""In bfloat16 too: an adapter that is zero adds exact zeros, so both sides round alike (measured: 2e-9)."""
+TOLERANCE = 1e-3
+"""Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
+SHARE_OF_SFT_RATE = 0.2
+"""A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""
+EVALUATED = 16
+"""Held-out pairs that score the aligned model, at most."""
 
 
-class PreferenceTrainer(Metered, DPOTrainer):
-    """TRL's trainer, metered."""
+class _Checked(Metered):
+    """A trainer whose first loss must be the one that follows from policy = reference."""
 
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        found = super()._compute_loss(model, inputs, return_outputs)
-        if self.model.training and self.state.global_step == 0:
-            check_first_loss(float((found[0] if return_outputs else found).detach()))
+    first_loss: float | None = None
+
+    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss; the first is checked."""
+        found = super().compute_loss(model, *args, **kwargs)
+        if self.model.training and self.state.global_step == 0 and self.first_loss is not None:
+            check_first_loss(
+                float((found[0] if isinstance(found, tuple) else found).detach()), self.first_loss
+            )
         return found
 
 
-def check_first_loss(loss: float) -> None:
-    """Raise `ModelError` unless the loss before the first update is ln 2."""
-    if not abs(loss - LN2) < LN2_TOLERANCE:
+class PreferenceTrainer(_Checked, DPOTrainer):
+    """TRL's trainer for pairs, metered."""
+
+
+class JudgementTrainer(_Checked, KTOTrainer):
+    """TRL's trainer for single texts, good or bad, metered."""
+
+
+class OddsTrainer(_Checked, ORPOTrainer):
+    """TRL's trainer without a reference, metered."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A way to learn from preferences: TRL's trainer and settings; the loss at step 0 as a function of β."""
+
+    trainer: type
+    config: type
+    about: str
+    settings: Mapping[str, Any]
+    first_loss: Callable[[float], float] | None = None
+    paired: bool = True
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "dpo": Objective(
+        PreferenceTrainer,
+        DPOConfig,
+        "−log σ(β · margin) (Rafailov et al. 2023, equation 7)",
+        {"loss_type": ["sigmoid"]},
+        lambda beta: math.log(2),
+    ),
+    "ipo": Objective(
+        PreferenceTrainer,
+        DPOConfig,
+        "(margin − 1/2β)², which does not run away on clear pairs (Azar et al. 2023)",
+        {"loss_type": ["ipo"]},
+        lambda beta: 1 / (4 * beta * beta),
+    ),
+    "kto": Objective(
+        JudgementTrainer,
+        KTOConfig,
+        "each text against the mean, losses weigh more than gains (Ethayarajh et al. 2024)",
+        {},
+        lambda beta: 0.5,
+        paired=False,
+    ),
+    "orpo": Objective(
+        OddsTrainer,
+        ORPOConfig,
+        "likelihood of the better plus the odds between the two, no reference (Hong et al. 2024)",
+        {},
+    ),
+}
+
+
+def check_first_loss(loss: float, expected: float = math.log(2)) -> None:
+    """Raise `ModelError` unless the loss before the first update is what policy = reference gives (DPO: ln 2)."""
+    if not abs(loss - expected) < TOLERANCE * max(1.0, expected):
         raise ModelError(
-            f"the first DPO loss is {loss:.4f}, not ln 2 = {LN2:.4f}: the reference is not the model that "
+            f"the first preference loss is {loss:.4f}, not {expected:.4f}: the reference is not the model that "
             "training starts from"
         )
 
 
 def align(p: AlignDpo, lake: Lake) -> Manifest:
-    """Align the model of 60 on the preference pairs of 50 and commit the new adapter as `model/`.
+    """Align the model of 60 on preference pairs and commit the new adapter (method full: all weights) as `model/`.
 
-    The adapter goes on top of the tuned model: base, then 60's adapter, then this one. Metrics: losses,
-    reward margins and accuracies per step, speed, memory, FLOPs, what really ran. Counts: train pairs in;
-    out those trained on at least once. Raises `ModelError` for a data set without usable pairs, a first loss
-    that is not ln 2, and a loss that is not finite. A trained reference, KTO and ORPO are not covered.
+    The result goes on top of the tuned model: base, then 60's weights, then these. Metrics: losses, reward margins
+    and accuracies per step, those of held-out pairs, what other values of β would have done (`sweep_betas`),
+    speed, memory, FLOPs, what really ran. Counts: train pairs in; out those trained on at least once. Raises
+    `ModelError` for pairs that cannot be used, a first loss that is not the one policy = reference gives, and a loss
+    that is not finite.
     """
     threads = models.set_threads(p.threads)
+    if not METHODS[p.method].merges:
+        raise ModelError(f"70 cannot train a learned prompt (method={p.method}): full, lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-dpo-") as temp:
-        data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
-        tokenizer = models.load_tokenizer(p.base_model)
-        pairs = usable(lake.table(data, "preferences").to_pylist(), tokenizer, p.max_tokens)
-        pairs.require("preference")
+        data, tuned = out.read(p.preferences_from), out.read("60_finetune_sft")
+        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        found = lake.table(data, "preferences").to_pylist()
+        pairs = usable(found, tokenizer, p.max_tokens)
+        pairs.require("preference", p.preferences_from)
+        held = usable(found, tokenizer, p.max_tokens, "heldout").rows[:EVALUATED]
+        lengths = [sum(len(tokenizer(r[k])["input_ids"]) for k in ("prompt", "chosen")) for r in pairs.rows]
+        require_fit(p, rows_tokens=[n for n in lengths for _ in (0, 1)], quantization=base_quantization(p))
         folder = lake.local_folder(tuned, "model")
-        model = models.load_model(p.base_model, dtype=p.dtype, adapters=[folder])
-        trainer = build(p, model, tokenizer, pairs.rows, Path(temp))
-        ran = run(trainer, "dpo")
-        if len(trainer.train_dataset) != len(pairs.rows):
-            raise ModelError("TRL dropped preference pairs that the kit had counted as usable")
-        out.folder("model", models.save_adapter(trainer.model, Path(temp, "model"), p.base_model))
-        out.table("steps", steps_table(trainer), measured=True)
+        rounds = [_train(p, folder, tokenizer, pairs.rows, held, Path(temp, "main"))]
+        main, ran = rounds[0]
+        out.folder("model", _saved(p, main, Path(temp, "model")))
+        out.table("steps", steps_table(main), measured=True)
+        sweep = [_moved(p.dpo_beta, ran)]
+        for beta in p.sweep_betas:
+            rounds.clear(), models.release()
+            other = p.model_copy(update={"dpo_beta": float(beta)})
+            sweep.append(
+                _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, held, Path(temp, beta))[1])
+            )
+        reference = OBJECTIVES[p.preference_loss].first_loss is not None
+        extra = ran["forward_flops"] if reference else 0
         metrics = {
             **ran,
             # the reference's forward pass is work that the method asks for
-            "flops": ran["flops"] + ran["forward_flops"],
-            "hardware_flops": ran["hardware_flops"] + ran["forward_flops"],
-            "flops_per_token": (ran["flops"] + ran["forward_flops"]) / ran["tokens"],
-            "flops_convention": ran["flops_convention"] + "; plus one forward pass of the reference",
-            "samples_per_s": round(p.dpo_steps * p.dpo_batch_size / ran["train_seconds"], 3),
-            **logged(trainer),
+            "flops": ran["flops"] + extra,
+            "hardware_flops": ran["hardware_flops"] + extra,
+            "flops_per_token": (ran["flops"] + extra) / ran["tokens"],
+            "flops_convention": ran["flops_convention"]
+            + "; plus one forward pass of the reference" * reference,
+            "samples_per_s": round(p.dpo_steps * _batch(p) / ran["train_seconds"], 3),
+            "sweep": sorted(sweep, key=lambda s: s["beta"]),
         }
+        kept = (
+            "a frozen copy of the tuned model" if p.method == "full" else "the tuned model, new adapter off"
+        )
         metrics["what_ran"] |= {
+            "method": p.method,
+            "base": base_quantization(p),
+            "loss": p.preference_loss,
             "threads": threads,
             "padding": tokenizer.pad_note,
-            "reference": "the tuned model, new adapter off",
+            "reference": kept if reference else "none",
         }
-        return out.commit(pairs.counts(p.dpo_steps, p.dpo_batch_size, "dpo_steps"), metrics)
+        return out.commit(pairs.counts(p.dpo_steps, _batch(p), "dpo_steps"), metrics)
+
+
+def _batch(p: AlignDpo) -> int:
+    return p.dpo_batch_size * p.gradient_accumulation
+
+
+def _train(
+    p: AlignDpo,
+    tuned: str,
+    tokenizer: Any,
+    pairs: list[dict[str, str]],
+    held: list[dict[str, str]],
+    folder: Path,
+) -> tuple[Any, dict[str, Any]]:
+    """One training from the tuned model: the trainer, and its metrics with those of the held-out pairs."""
+    dtype = p.dtype if p.method != "full" else "float32"
+    model = models.load_model(
+        p.base_model,
+        dtype=dtype,
+        adapters=[tuned],
+        quantization=base_quantization(p),
+        trust_remote_code=p.trust_remote_code,
+    )
+    trainer = build(p, model, tokenizer, pairs, held, folder)
+    ran = run(trainer, f"{p.preference_loss} β {p.dpo_beta:g}")
+    if len(trainer.train_dataset) != len(pairs) * (1 if OBJECTIVES[p.preference_loss].paired else 2):
+        raise ModelError("TRL dropped preference pairs that the kit had counted as usable")
+    ran |= logged(trainer)
+    if held:
+        with quiet():
+            scores = trainer.evaluate()
+        ran["heldout"] = {"pairs": len(held)} | {
+            k.removeprefix("eval_rewards/"): v for k, v in scores.items() if k.startswith("eval_rewards/")
+        }
+    return trainer, ran
+
+
+def _saved(p: AlignDpo, trainer: Any, folder: Path) -> Path:
+    return models.save_adapter(trainer.model, folder, p.base_model, base_quantization(p))
+
+
+def _moved(beta: float, ran: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a training with `beta` went: rewards are β times a log-ratio, so divided by β they compare."""
+    nats = {k: [v / beta for v in ran[k]] for k in ("margins", "chosen", "rejected") if k in ran}
+    return {"beta": beta, "losses": ran["losses"], **nats, "heldout": ran.get("heldout", {})}
 
 
 def logged(trainer: Any) -> dict[str, list[float]]:
-    """Reward margins and accuracies, one number a step."""
+    """Reward margins, accuracies and rewards of either side, one number a step, where the objective has them."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {name: [entry[f"rewards/{name}"] for entry in logs] for name in ("margins", "accuracies")}
+    names = ("margins", "accuracies", "chosen", "rejected")
+    return {n: [e[f"rewards/{n}"] for e in logs] for n in names if all(f"rewards/{n}" in e for e in logs)}
 
 
-def usable(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_tokens: int) -> Rows:
-    """The train pairs that teach something, the others counted by reason; held-out pairs are no input."""
+def usable(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_tokens: int, split: str = "train") -> Rows:
+    """The pairs of `split` that teach something, the others counted by reason; other splits are no input."""
     found = Rows()
     for pair in pairs:
-        if pair.get("split", "train") != "train":
+        if pair.get("split", "train") != split:
             continue
         reason = _flaw(pair, tokenizer, max_tokens)
         if reason:
@@ -122,20 +254,50 @@ def _flaw(pair: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> str | Non
 
 
 def build(
-    p: AlignDpo, model: Any, tokenizer: Any, pairs: list[dict[str, str]], temp: Path
-) -> PreferenceTrainer:
+    p: AlignDpo,
+    model: Any,
+    tokenizer: Any,
+    pairs: list[dict[str, str]],
+    held: list[dict[str, str]],
+    folder: Path,
+) -> Any:
     """The TRL trainer for `p`; `model` becomes policy and, with its new adapter off, reference."""
+    objective = OBJECTIVES[p.preference_loss]
+    config = adapter_config(p)
+    reference = {}
+    if config is None and objective.first_loss is not None:
+        # TRL would load the reference anew by its name: the model before it was tuned
+        reference = {"ref_model": copy.deepcopy(model).eval().requires_grad_(False)}
+    rows = datasets.Dataset.from_list(pairs if objective.paired else judgements(pairs))
+    unseen = datasets.Dataset.from_list(held if objective.paired else judgements(held)) if held else None
     with quiet():
-        return PreferenceTrainer(
+        trainer = objective.trainer(
             model=model,
-            args=DPOConfig(
+            args=objective.config(
                 beta=p.dpo_beta,
                 max_steps=p.dpo_steps,
-                per_device_train_batch_size=p.dpo_batch_size,
-                learning_rate=p.dpo_learning_rate,
-                **common(p, model, temp),
+                # a judgement is half a pair
+                per_device_train_batch_size=p.dpo_batch_size * (1 if objective.paired else 2),
+                learning_rate=p.dpo_learning_rate or METHODS[p.method].learning_rate * SHARE_OF_SFT_RATE,
+                **objective.settings,
+                **common(p, model, folder),
             ),
-            train_dataset=datasets.Dataset.from_list(pairs),
+            train_dataset=rows,
+            eval_dataset=unseen,
             processing_class=tokenizer,
-            peft_config=adapter_config(p),
+            peft_config=config,
+            **reference,
         )
+    if config is not None:
+        models.widen_trained(trainer.model)
+    trainer.first_loss = objective.first_loss(p.dpo_beta) if objective.first_loss else None
+    return trainer
+
+
+def judgements(pairs: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """Pairs as single texts, each good or bad."""
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for pair in pairs
+        for side in ("chosen", "rejected")
+    ]

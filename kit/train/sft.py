@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from kit.lake import Lake, Manifest
 from kit.params import FinetuneSft
 from kit.train import models
-from kit.train.encode import Rows, perplexity, prepare
+from kit.train.encode import Rows, collate_packed, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, run, steps_table, work_folder
-from kit.train.methods import METHODS, adapter_config, base_quantization, learning_rate
+from kit.train.methods import adapter_config, base_quantization, learning_rate
 from kit.train.models import ModelError
 from kit.train.plan import require_fit
 
@@ -149,19 +150,13 @@ def build(
                 learning_rate=learning_rate(p, p.sft_learning_rate),
                 dataset_kwargs={"skip_prepare_dataset": True},
                 completion_only_loss=False,  # the labels already say which tokens count
-                padding_free=p.packing,  # packed rows: positions begin anew with each document
                 **common(p, model, folder, p.checkpoint_steps),
             ),
             train_dataset=rows,
             processing_class=tokenizer,
             peft_config=config,
+            data_collator=partial(collate_packed, pad=tokenizer.pad_token_id) if p.packing else None,
         )
     if config is not None:
-        # TRL rounds the adapter of a quantised base to bfloat16, in which small updates vanish
-        for weight in trainer.model.parameters():
-            if weight.requires_grad:
-                weight.data = weight.data.float()
+        models.widen_trained(trainer.model)
     return trainer
-
-
-__all__ = ["METHODS", "Fitted", "SftTrainer", "build", "finetune", "fit"]
