@@ -9,12 +9,19 @@ from test_sft import make_lake, outputs, pair, sft_params
 from kit import params
 from kit.train import models, preference
 from kit.train.models import ModelError
-from kit.train.preference import align, check_first_loss
+from kit.train.preference import OBJECTIVES, align, check_first_loss
 from kit.train.sft import finetune
 
 
 def dpo_params(lake, **values):
-    small = {"dpo_steps": 3, "dpo_batch_size": 2, "max_tokens": 48, "lora_r": 4, "threads": 1}
+    small = {
+        "dpo_steps": 3,
+        "dpo_batch_size": 2,
+        "max_tokens": 48,
+        "lora_r": 4,
+        "threads": 1,
+        "sweep_betas": [],
+    }
     return params.AlignDpo(
         **{"lake": lake.uri, "base_model": tiny_model(), "dtype": "float32", **small, **values}
     )
@@ -40,17 +47,56 @@ def test_training_starts_at_ln_2_and_widens_the_margin(tmp_path, monkeypatch, dt
     assert m["flops"] > m["forward_flops"] > 0
 
 
-def test_after_full_fine_tuning_too_the_reference_is_the_tuned_model(tmp_path):
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_after_full_fine_tuning_too_the_reference_is_the_tuned_model(tmp_path, method):
     lake = make_lake(tmp_path)
     finetune(sft_params(lake, method="full", sft_learning_rate=1e-2), lake)
-    m = align(dpo_params(lake), lake).metrics
+    m = align(dpo_params(lake, method=method, dpo_steps=10, dpo_learning_rate=5e-3), lake).metrics
     assert m["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
+    assert m["margins"][-1] > 0.01
+    assert m["what_ran"]["reference"] == (
+        "a frozen copy of the tuned model" if method == "full" else "the tuned model, new adapter off"
+    )
+    assert (m["what_ran"]["trainable"] == m["what_ran"]["parameters"]) == (method == "full")
+
+
+@pytest.mark.parametrize("loss", list(OBJECTIVES))
+def test_every_objective_starts_where_it_must_and_parts_chosen_from_rejected(tmp_path, loss):
+    lake = tuned_lake(tmp_path)
+    p = dpo_params(lake, preference_loss=loss, dpo_steps=12, dpo_learning_rate=5e-3)
+    m = align(p, lake).metrics
+    start = {"dpo": math.log(2), "ipo": 25.0, "kto": 0.5}.get(loss)
+    assert start is None or m["losses"][0] == pytest.approx(start, rel=1e-3)
+    assert loss == "orpo" or m["margins"][-1] > m["margins"][0]
+    assert m["losses"][-1] < m["losses"][0]
+    assert (m["what_ran"]["reference"] == "none") == (loss == "orpo")
+    assert m["what_ran"]["loss"] == loss
+
+
+def test_a_smaller_beta_goes_further_and_heldout_pairs_are_ranked(tmp_path):
+    held = [pair(20 + i, f" {TEXT[i]}", f" {TEXT[(i + 1) % 3]}", split="heldout") for i in range(2)]
+    lake = tuned_lake(
+        tmp_path, pairs=[*(pair(i, f" {TEXT[i % 3]}", f" {TEXT[(i + 1) % 3]}") for i in range(4)), *held]
+    )
+    p = dpo_params(lake, dpo_steps=14, dpo_learning_rate=1e-2, sweep_betas=["2.0", "0.02"])
+    m = align(p, lake).metrics
+    assert [s["beta"] for s in m["sweep"]] == [0.02, 0.1, 2.0]
+    assert m["sweep"][0]["margins"][-1] > m["sweep"][2]["margins"][-1] > 0
+    assert m["sweep"][1]["losses"] == m["losses"], "the sweep changes nothing of the run itself"
+    assert m["heldout"]["pairs"] == 2
+    assert 0 <= m["heldout"]["accuracies"] <= 1
+
+
+def test_a_learned_prompt_cannot_be_aligned(tmp_path):
+    lake = tuned_lake(tmp_path)
+    with pytest.raises(ModelError, match=r"method=prompt.*full, lora, qlora or dora"):
+        align(dpo_params(lake, method="prompt"), lake)
 
 
 def test_another_reference_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match="not ln 2"):
+    with pytest.raises(ModelError, match="not 0.6931"):
         check_first_loss(0.7)
-    with pytest.raises(ModelError, match="not ln 2"):
+    with pytest.raises(ModelError, match="not 0.6931"):
         check_first_loss(float("nan"))
     lake = tuned_lake(tmp_path)
     build = preference.build

@@ -51,7 +51,9 @@ def run_row(manifest: Manifest, peak: float, naive_per_token: float, usd_per_hou
     seconds, tokens = m["train_seconds"], m["tokens"]
     return {
         "stage": manifest.stage,
-        "method": manifest.params.get("method", "dpo + lora"),
+        "method": " + ".join(
+            manifest.params[k] for k in ("preference_loss", "method") if k in manifest.params
+        ),
         "steps": len(m["losses"]),
         "tokens": tokens,
         "padding_share": 1 - tokens / m["padded_tokens"],
