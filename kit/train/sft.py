@@ -19,7 +19,7 @@ from kit.params import FinetuneSft
 from kit.train import models
 from kit.train.encode import Rows, collate_packed, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, run, steps_table, work_folder
-from kit.train.methods import adapter_config, base_quantization, learning_rate
+from kit.train.methods import adapter_config, base_quantization, begin, learning_rate
 from kit.train.models import ModelError
 from kit.train.plan import require_fit
 
@@ -91,6 +91,8 @@ def fit(
         "samples_per_s": round(p.sft_steps * batch * len(train.rows) / len(rows) / ran["train_seconds"], 3),
         "perplexity_before": before,
         "perplexity_after": after,
+        "heldout_before": math.log(before),
+        "heldout_after": math.log(after),
         "perplexity_tokens": scored,
         "truncated_rows": train.truncated,
         "packed_rows": len(rows) if p.packing else 0,
@@ -159,4 +161,5 @@ def build(
         )
     if config is not None:
         models.widen_trained(trainer.model)
+        begin(trainer.model, rows[0]["input_ids"])
     return trainer
