@@ -14,7 +14,9 @@ from kit.lake import Lake
 from kit.params import (
     NOTEBOOKS,
     STAGES,
+    Cores,
     ParamError,
+    Training,
     for_stage,
     is_list,
     is_path,
@@ -61,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
     trace.add_argument("--run", help="name of the run; default: every run of the lake")
     trace.add_argument("--lake", help="folder or s3://…; default: lake/ of the checkout")
     recipe(commands.add_parser("watch", help="refine what lands in the raw zone of a run, until Ctrl-C"))
-    recipe(commands.add_parser("estimate", help="time, memory and dollars before anything runs"))
+    estimate = commands.add_parser("estimate", help="time, memory and dollars before anything runs")
+    recipe(estimate)
+    estimate.add_argument("--gpu", help="train on one of these instead of on this machine: h100, l40s, …")
     commands.add_parser("doctor", help="what this machine has, and what will work")
     return top
 
@@ -193,24 +197,66 @@ def _watch(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    from kit.data.index import Index
-
     values = recipe_values(args)
     lake = Lake(for_stage(STAGES["10_explore_index"], values).lake)
-    pages = Index(for_stage(STAGES["10_explore_index"], values)).reasons()["kept"]
+    pages, which = _pages(values)
+    planned, warnings = _planned(values, args.gpu)
     rows = []
     for cls in STAGES.values():
         p = for_stage(cls, values)
-        rows.append(cost.estimate(p, pages, lake.manifest(p.run, p.stage)))
+        rows.append(cost.estimate(p, pages, lake.manifest(p.run, p.stage), planned.get(p.stage)))
+        days = rows[-1].seconds / 86_400
+        if days > 1 and p.stage < "60" and not isinstance(p, Cores):
+            warnings.append(
+                f"{p.stage} runs on one core whatever the cluster: {days:,.0f} days; take fewer pages"
+            )
     total = cost.Estimate(
-        "all", f"{pages:,} pages selected", round(sum(r.seconds for r in rows), 1), max(r.memory_mb for r in rows),
+        "all", f"{pages:,} {which}", round(sum(r.seconds for r in rows), 1), max(r.memory_mb for r in rows),
         sum(r.usd for r in rows), "",
     )  # fmt: skip
     table = [vars(r) | {"usd": f"{r.usd:.4f}"} for r in [*rows, total]]
     made = cost.reference()
     print(Table(table))
     print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
+    for warning in warnings:
+        print(f"warning: {warning}")
     return 0
+
+
+def _pages(values: dict[str, Any]) -> tuple[int, str]:
+    """How many pages a recipe selects; an index that is far away is asked only where its answer has no known bound."""
+    p = for_stage(STAGES["10_explore_index"], values)
+    far = any("://" in path for path in p.archive_paths or [p.index_path])
+    if far and p.max_pages:
+        return p.max_pages, "pages at most (max_pages)"
+    if far and not (p.archive_paths or p.domains or p.index_files):
+        crawl = for_stage(NOTEBOOKS["81_benchmark_data"], values).crawl_pages
+        return crawl, "pages at most, the whole crawl (crawl_pages)"
+    from kit.data.index import Index
+
+    return Index(p).reasons()["kept"], "pages selected"
+
+
+def _planned(
+    values: dict[str, Any], gpu: str | None
+) -> tuple[dict[str, tuple[float, float, str]], list[str]]:
+    """(seconds, MB, from what) of training stages that the reference run says nothing of; which of them do not fit."""
+    stages = [for_stage(cls, values) for cls in STAGES.values() if issubclass(cls, Training)]
+    usual = [cost.measured_by_reference(p) for p in stages]
+    if not gpu and all(usual):
+        return {}, []
+    from kit.train import plan
+
+    if gpu and gpu.lower() not in plan.GPUS:
+        raise ParamError(f"unknown GPU '{gpu}'{nearest(gpu, list(plan.GPUS))}; known: {', '.join(plan.GPUS)}")
+    found, warnings = {}, []
+    for p, known in zip(stages, usual, strict=True):
+        machine = plan.GPUS[gpu.lower()] if gpu else plan.this_machine(p)
+        made, wrong = plan.foresee(p, machine)
+        if made and (gpu or not known):
+            found[p.stage] = (made.seconds, made.memory_mb, f"plan for {machine.name}")
+            warnings += [f"{p.stage}: {wrong}"] if wrong else []
+    return found, warnings
 
 
 def _doctor(args: argparse.Namespace) -> int:

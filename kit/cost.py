@@ -18,6 +18,9 @@ from kit.params import Stage
 
 REFERENCE = ROOT / "data_samples" / "reference_runs" / "rates.json"
 
+DECIDES = ("base_model", "method", "quantization", "dtype", "activation_checkpointing", "packing")
+"""Parameters without which an earlier run tells nothing about the next one's speed."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -53,28 +56,49 @@ def planned_units(p: Stage, pages: int) -> tuple[float, str]:
     for prefix, rows_per_unit in (("sft", 1), ("dpo", 2)):
         if f"{prefix}_steps" in values:
             rows = values[f"{prefix}_steps"] * values[f"{prefix}_batch_size"] * rows_per_unit
-            return rows * values["max_tokens"], "tokens at most"
+            return rows * values.get("gradient_accumulation", 1) * values["max_tokens"], "tokens at most"
     if "prompts" in values:
         return 3 * len(values["prompts"]) * values["max_new_tokens"], "new tokens"
     return (pages, "pages") if p.stage[0] in "12345" else (1, "machine")
 
 
-def estimate(p: Stage, pages: int, earlier: Manifest | None) -> Estimate:
+def measured_by_reference(p: Stage) -> bool:
+    """Whether the reference run, which was made on defaults, ran the model and the method of `p`."""
+    fields = type(p).model_fields
+    return all(getattr(p, name) == fields[name].default for name in DECIDES if name in fields)
+
+
+def estimate(
+    p: Stage, pages: int, earlier: Manifest | None, planned: tuple[float, float, str] | None = None
+) -> Estimate:
     """Time, memory and dollars of a stage; `earlier` is its last result in this lake, if there is one.
 
     Of an earlier run's seconds, the fixed part (starting an engine, loading a model) is taken from the
-    reference and does not scale.
+    reference and does not scale. `planned` (seconds past the fixed part, MB, from what) stands in where no run of
+    this model has been measured. With `cores` given, Spark's stages are taken to scale with them from the reference's.
     """
     units, unit = planned_units(p, pages)
+    work = f"{units:,.0f} {unit}"
     rate = reference()["stages"][p.stage]
-    fixed, per_unit, source = rate["fixed_s"], rate["per_unit_s"], "reference run"
+    fixed, per_unit, memory_mb, source = (
+        rate["fixed_s"],
+        rate["per_unit_s"],
+        rate["memory_mb"],
+        "reference run",
+    )
+    if earlier and any(earlier.params.get(k) != getattr(p, k, None) for k in DECIDES):
+        earlier = None
     before = earlier and planned_units(type(p)(**earlier.params), earlier.counts.records_in)[0]
     if earlier and before:
         fixed = min(fixed, earlier.seconds)
         per_unit, source = (earlier.seconds - fixed) / before, "this lake"
+    elif planned:
+        per_unit, memory_mb, source = planned[0] / units, round(planned[1]), planned[2]
+    elif cores := getattr(p, "cores", 0):
+        made_on = reference().get("cores", 2)
+        per_unit, source = per_unit * made_on / cores, f"reference run, {made_on} → {cores} cores"
     seconds = fixed + per_unit * units
-    work = f"{units:,.0f} {unit}"
-    return Estimate(p.stage, work, round(seconds, 1), rate["memory_mb"], usd(seconds, p.usd_per_hour), source)
+    return Estimate(p.stage, work, round(seconds, 1), memory_mb, usd(seconds, p.usd_per_hour), source)
 
 
 def two_point_rates(
