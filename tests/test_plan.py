@@ -168,3 +168,11 @@ def test_the_shipped_model_takes_the_memory_that_was_planned(tmp_path, method):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     estimate = json.loads(done.stdout.splitlines()[-1])["metrics"]["estimate"]
     assert abs(estimate["memory_error"]) < 0.25, estimate
+
+
+def test_a_random_model_of_a_known_shape_is_loadable(tmp_path, monkeypatch):
+    small = dry.FACTS["Llama-3-8B"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setitem(dry.FACTS, "Llama-3-8B", small | {"num_attention_heads": 8, "vocab_size": 49152})
+    folder = dry.random_model("meta-llama/Llama-3-8B", str(tmp_path / "m"))
+    assert models.load_model(str(folder)).config.num_hidden_layers == 1
+    assert models.load_tokenizer(str(folder)).eos_token_id < 49152

@@ -225,3 +225,11 @@ def test_merging_a_qlora_adapter_into_the_plain_base_would_be_another_model(tmp_
     drift = float((a - b).norm() / b.norm())
     assert 0.01 < drift < 1
     assert math.isfinite(drift)
+
+
+def test_rotary_frequencies_stay_in_float32_whatever_the_weights_are(tmp_path):
+    folder = adapter_folder(tmp_path / "a")
+    for adapters in ([], [folder]):
+        model = models.load_model(tiny_model(), dtype="bfloat16", adapters=adapters)
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -190,6 +190,7 @@ def gpu_rows() -> list[dict[str, Any]]:
 
 
 GPU_COMMAND = (
-    "python -m kit.train.shipped random llama-3-8b models/random-8b && kit run params/demo.yaml --only 61 "
-    "-p base_model=models/random-8b -p methods=lora,qlora -p packing=true -p max_tokens=4096"
+    "python -m kit.train.dry Llama-3-8B random-8b && kit run params/demo.yaml --until 50 && "
+    "kit run params/demo.yaml --only 61 -p base_model=random-8b -p methods=lora,qlora -p packing=true "
+    "-p max_tokens=4096 -p compare_steps=20"
 )

@@ -34,16 +34,21 @@ class Training(Stage):
     max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
 
 
-class Tuning(Training):
-    """What every stage takes that trains a model, or an adapter of one."""
+class Adapting(Training):
+    """The sizes of what a method adds to a model."""
+
+    lora_r: int = Field(16, description="rank of a LoRA, QLoRA or DoRA adapter", ge=1)
+    lora_alpha: int = Field(32, description="its scale", ge=1)
+    virtual_tokens: int = Field(16, description="length of a learned prompt or prefix, in tokens", ge=1)
+
+
+class Tuning(Adapting):
+    """What every stage takes that trains a model, or an adapter of one, by a method of choice."""
 
     method: Method = Field("lora", description="what is trained")
     quantization: Quantization = Field(
         "auto", description="of the frozen base; auto: nf4_double for qlora, else none"
     )
-    lora_r: int = Field(16, description="rank of a LoRA, QLoRA or DoRA adapter", ge=1)
-    lora_alpha: int = Field(32, description="its scale", ge=1)
-    virtual_tokens: int = Field(16, description="length of a learned prompt or prefix, in tokens", ge=1)
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw", description="adamw_8bit keeps its state in a quarter of the memory"
     )
@@ -75,7 +80,7 @@ class FinetuneSft(Tuning):
     )
 
 
-class ComparePeft(Tuning):
+class ComparePeft(Adapting):
     """61: every way to tune, on the same rows with the same budget."""
 
     stage: ClassVar[str] = "61_compare_peft_methods"
@@ -83,26 +88,36 @@ class ComparePeft(Tuning):
     needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
 
     methods: Strings = Field(list(METHODS), description="what is compared")
-    compare_steps: int = Field(3, description="optimizer steps of each", ge=1)
-    sft_batch_size: int = Field(4, description="rows per forward and backward pass", ge=1)
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+    packing: bool = Field(False, description="fill every row to max_tokens with whole documents, no padding")
+    compare_steps: int = Field(4, description="optimizer steps of each", ge=1)
+    compare_batch_size: int = Field(2, description="rows of each step", ge=1)
+    compare_eval_rows: int = Field(6, description="held-out rows for the loss", ge=1)
 
 
 class ContinuePretraining(Training):
     """62: a small model from scratch, and the shipped one trained further on the curated text."""
 
     stage: ClassVar[str] = "62_continue_pretraining"
-    needs: ClassVar[tuple[str, ...]] = ("40_deduplicate", "50_build_datasets")
+    needs: ClassVar[tuple[str, ...]] = ("30_refine_text", "40_deduplicate", "50_build_datasets")
 
     pretrain_vocab: int = Field(2048, description="entries of the new tokenizer", ge=300)
-    pretrain_hidden: int = Field(128, description="width of the new model", ge=16)
+    pretrain_hidden: int = Field(128, description="width of the new model", ge=32, multiple_of=32)
     pretrain_layers: int = Field(4, description="its layers", ge=1)
-    pretrain_steps: int = Field(60, description="optimizer steps from scratch", ge=1)
-    pretrain_batch_size: int = Field(8, description="packed rows per step", ge=1)
-    pretrain_learning_rate: float = Field(3e-3, description="peak learning rate", gt=0)
-    continue_steps: int = Field(6, description="optimizer steps of the continued model", ge=1)
-    continue_batch_size: int = Field(4, description="packed rows per step", ge=1)
-    continue_learning_rate: float = Field(5e-5, description="peak learning rate", gt=0)
+    pretrain_steps: int = Field(200, description="optimizer steps from scratch", ge=1)
+    pretrain_batch_size: int = Field(2, description="packed rows per step", ge=1)
+    pretrain_learning_rate: float = Field(4e-3, description="peak learning rate", gt=0)
+    continue_steps: int = Field(10, description="optimizer steps of the continued model", ge=1)
+    continue_batch_size: int = Field(2, description="packed rows per step", ge=1)
+    continue_learning_rate: float = Field(8e-4, description="peak learning rate", gt=0)
+    replay_share: float = Field(
+        0.0,
+        description="share of general text among the rows it goes on with, against forgetting",
+        ge=0,
+        lt=1,
+    )
+    general_heldout_share: float = Field(
+        0.5, description="share of the sites of general text kept to measure forgetting on", gt=0, le=1
+    )
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 
@@ -122,8 +137,10 @@ class AlignDpo(Tuning):
     dpo_beta: float = Field(0.1, description="how strongly the reference holds the policy", gt=0)
     dpo_steps: int = Field(4, description="optimizer steps", ge=1)
     dpo_batch_size: int = Field(2, description="pairs per forward and backward pass", ge=1)
-    dpo_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
-    sweep_betas: Strings = Field([], description="other values of dpo_beta to train beside it, for a figure")
+    dpo_learning_rate: float = Field(
+        0.0, description="peak learning rate, 0 = a fifth of the method's own", ge=0
+    )
+    sweep_betas: Strings = Field(["0.02", "0.5"], description="other values of dpo_beta to train beside it, for a figure")
 
 
 class RewardAndPolicy(Tuning):
@@ -132,21 +149,25 @@ class RewardAndPolicy(Tuning):
     stage: ClassVar[str] = "71_reward_and_policy"
     needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
 
-    reward_steps: int = Field(8, description="optimizer steps of the reward model", ge=1)
+    reward_steps: int = Field(12, description="optimizer steps of the reward model", ge=1)
     reward_batch_size: int = Field(4, description="pairs per step", ge=1)
-    reward_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
+    reward_tokens: int = Field(
+        64, description="what the reward model reads of a text, prompt included, in tokens", ge=8
+    )
+    reward_learning_rate: float = Field(1e-3, description="peak learning rate", gt=0)
     policy_objective: Literal["rloo", "grpo"] = Field("grpo", description="how rewards become advantages")
     policy_steps: int = Field(4, description="optimizer steps of the policy", ge=1)
     policy_prompts: int = Field(2, description="prompts per step", ge=1)
     policy_generations: int = Field(4, description="answers to each prompt, compared with each other", ge=2)
     policy_iterations: int = Field(1, description="updates on each batch of answers", ge=1)
-    policy_learning_rate: float = Field(1e-4, description="peak learning rate", gt=0)
+    policy_learning_rate: float = Field(5e-4, description="peak learning rate", gt=0)
     policy_clip: float = Field(0.2, description="how far the ratio of new to old probability counts", gt=0)
     policy_kl_beta: float = Field(0.05, description="price of moving away from the reference", ge=0)
-    policy_tokens: int = Field(40, description="length of an answer", ge=1)
+    policy_tokens: int = Field(32, description="length of an answer", ge=1)
     reward_eval_pairs: int = Field(
-        24, description="held-out pairs that score the reward model, at most", ge=1
+        32, description="held-out pairs that score the reward model, at most", ge=1
     )
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
 
 class ConstitutionalFeedback(Training):
@@ -158,7 +179,10 @@ class ConstitutionalFeedback(Training):
     principles_file: str = Field(
         "data_samples/principles.yaml", description="the principles, a list in YAML", json_schema_extra=PATH
     )
-    feedback_prompts: int = Field(4, description="prompts of the training rows that are answered", ge=1)
+    feedback_prompts: int = Field(8, description="prompts of the training rows that are answered", ge=1)
+    feedback_principles: int = Field(
+        3, description="principles under which each answer is revised, all used alike", ge=1
+    )
     feedback_seed_answer: Literal["generate", "dataset"] = Field(
         "generate", description="first answers: written by the model, or those of the data set"
     )
@@ -166,9 +190,13 @@ class ConstitutionalFeedback(Training):
     endpoint_model: str = Field("", description="model to ask for there")
     endpoint_key_from: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
     endpoint_timeout_s: float = Field(60.0, description="longest wait for one answer of the endpoint", gt=0)
-    feedback_tokens: int = Field(48, description="length of an answer", ge=1)
+    feedback_tokens: int = Field(40, description="length of an answer", ge=1)
     feedback_temperature: float = Field(
         0.7, description="of first answers; critique and judgement are greedy", ge=0
+    )
+    feedback_calibrate: bool = Field(
+        True,
+        description="take the judge's liking of a letter off, measured on equal texts; not at an endpoint",
     )
 
 
@@ -182,16 +210,22 @@ class Distill(Training):
     student: str = Field(
         "", description="hub id or local folder; empty = the teacher's own layers, thinned out"
     )
-    student_layers: int = Field(12, description="layers kept of the teacher, when student is empty", ge=1)
-    distill_steps: int = Field(8, description="optimizer steps of each student", ge=1)
-    distill_batch_size: int = Field(4, description="rows per step", ge=1)
-    distill_learning_rate: float = Field(3e-4, description="peak learning rate", gt=0)
+    student_layers: int = Field(20, description="layers kept of the teacher, when student is empty", ge=1)
+    distill_steps: int = Field(5, description="optimizer steps of each student", ge=1)
+    distill_batch_size: int = Field(3, description="rows per step", ge=1)
+    distill_learning_rate: float = Field(5e-4, description="peak learning rate", gt=0)
     distill_temperature: float = Field(1.0, description="softens both distributions", gt=0)
     distill_alpha: float = Field(
-        0.5, description="share of the teacher in the loss; the rest is the text", ge=0, le=1
+        0.9, description="share of the teacher in the loss; the rest is the text", ge=0, le=1
     )
     on_policy_share: float = Field(
-        0.5, description="share of on-policy steps, on texts that the student wrote itself", ge=0, le=1
+        0.4, description="share of steps, the last ones, on texts that the student wrote itself", ge=0, le=1
+    )
+    on_policy_beta: float = Field(
+        1.0,
+        description="divergence there: 0 KL(teacher, student), 1 the reverse, else Jensen-Shannon",
+        ge=0,
+        le=1,
     )
     distill_tokens: int = Field(32, description="length of a text the student writes", ge=1)
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kit import resolve
 from kit.params import Tuning
-from kit.train import models
+from kit.train import models, shipped
 from kit.train.flops import ModelFlops, model_flops, virtual_tokens
 from kit.train.methods import adapter_config
 
@@ -144,3 +145,20 @@ def _saved(model: nn.Module, tokens: int, mixed: bool) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", enabled=mixed):
         model(input_ids=row, attention_mask=mask, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def random_model(name: str, folder: str) -> Path:
+    """Write a model of `name`'s shape with random bfloat16 weights: right for speed and memory, of no use else.
+
+    The tokenizer is the shipped model's, whose entries are fewer. Needs the weights' size in memory and on disk.
+    """
+    torch.manual_seed(0)
+    with models.device():
+        model = AutoModelForCausalLM.from_config(read_config(name), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    models.load_tokenizer(shipped.SHIPPED).save_pretrained(folder)
+    return Path(folder)
+
+
+if __name__ == "__main__":
+    print(random_model(sys.argv[1], sys.argv[2]))

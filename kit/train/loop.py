@@ -255,7 +255,7 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
         "train_seconds": round(seconds, 3),
         "tokens_per_s": round(total["tokens"] / seconds, 2),
         "peak_rss_mb": peak["mb"],
-        **flops_metrics(counted, total),
+        **flops_metrics(counted, total, trainer.args.activation_checkpointing),
         "mfu": round(counted.total(total["tokens"], total["squares"]) / seconds / peak_rate, 4),
         "peak_flops_per_s": peak_rate,
         "resumed_at": done,
@@ -278,21 +278,19 @@ def machine_peak(dtype: str) -> float:
 
 
 def ran_in(trainer: Any) -> str:
-    """The type that the matmuls compute in: autocast's, a quantised base's compute type, or the weights'."""
-    if trainer.args.bf16:
-        return "bfloat16"
-    kinds = [getattr(m, "compute_dtype", None) for m in trainer.model.modules() if hasattr(m, "quant_state")]
-    kind = next((k for k in kinds if k), None) or models.plain_dtype(trainer.model)
-    return str(kind).removeprefix("torch.")
+    """The type that the matmuls compute in: autocast's where it is on."""
+    return "bfloat16" if trainer.args.bf16 else models.computes_in(trainer.model)
 
 
-def flops_metrics(counted: ModelFlops, total: dict[str, int]) -> dict[str, Any]:
-    """Model FLOPs of the run (forward, backward) and per token, with the convention."""
+def flops_metrics(counted: ModelFlops, total: dict[str, int], recomputed: bool) -> dict[str, Any]:
+    """Model FLOPs of the run (forward, backward) and per token, with the convention; and what the hardware did."""
     flops = counted.total(total["tokens"], total["squares"])
     forward = counted.total(total["tokens"], total["squares"], forward_only=True)
     # what runs beside the model FLOPs: padded positions, and the logits a second time in TRL's chunked loss
     hardware = counted.weights * total["padded_tokens"] + counted.attention * total["squares"] / 2
     hardware += 2 * counted.head * total["padded_tokens"]
+    # checkpointed activations: all layers' forward pass once more, the head's not
+    hardware += (forward - 2 * counted.head * total["tokens"]) * recomputed
     return {
         "flops": flops,
         "forward_flops": forward,

@@ -42,7 +42,7 @@ QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
 """How a frozen base may be kept: settings of `BitsAndBytesConfig` (NF4, double quantisation: Dettmers et al. 2023)."""
 
 TUNED_ON = "tuned_on.json"
-"""Beside an adapter: the base as a person named it, and the quantisation under which the adapter was trained."""
+"""Beside an adapter: the base as a person named it, how it was quantised for the training, and what it computed in."""
 
 # TRL reports every trainer to the hub unless told not to; a kit that works offline does not call home
 hub.HF_HUB_DISABLE_TELEMETRY = True
@@ -159,15 +159,23 @@ def load_model(
     else:
         model = _open(AutoModelForCausalLM, source, dtype=torch.float32 if rest else wanted, **options)
         for folder in rest:
-            kind = tuned_on(folder)["quantization"]
-            if kind != "none":
-                model = _requantised(model, kind, torch.float32).dequantize()
+            was = tuned_on(folder)
+            if was["quantization"] != "none":
+                # quantised from weights of another type it would be another base
+                model = cast(_requantised(model, was["quantization"], pick_dtype(was["dtype"])).dequantize())
             model = merge_adapter(model, folder)
         if quantization != "none":
             model = _requantised(model, quantization, wanted)
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     inner.config._name_or_path = inner.name_or_path = name
-    return model if quantization != "none" else model.to(device=device(), dtype=wanted)
+    return model if quantization != "none" else cast(model, wanted).to(device())
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with its weights in `dtype`. Buffers stay: `model.to` would round rotary frequencies to bfloat16."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
 
 
 def quantised(name: str, kind: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
@@ -214,11 +222,12 @@ def merge_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel
 
 
 def tuned_on(folder: str | Path) -> dict[str, str]:
-    """`{"base_model", "quantization"}` of an adapter's folder; an adapter from elsewhere: base unknown, none."""
+    """`{"base_model", "quantization", "dtype"}` of an adapter's folder; one from elsewhere: unknown, none, float32."""
+    known = {"base_model": "", "quantization": "none", "dtype": "float32"}
     try:
-        return json.loads((Path(folder) / TUNED_ON).read_text(encoding="utf-8"))
+        return known | json.loads((Path(folder) / TUNED_ON).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"base_model": "", "quantization": "none"}
+        return known
 
 
 def device() -> torch.device:
@@ -275,6 +284,7 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
         "trainable": trained,
         "dtype": max(by_type, key=by_type.__getitem__),
         "parameters_by_dtype": dict(sorted(by_type.items())),
+        "weights_mb": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
         "attention": getattr(model.config, "_attn_implementation", "unknown"),
         "device": str(next(model.parameters()).device),
         "threads": torch.get_num_threads(),
@@ -296,6 +306,13 @@ def plain_dtype(model: torch.nn.Module) -> torch.dtype:
         if p.is_floating_point():
             sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
     return max(sizes, key=sizes.__getitem__)
+
+
+def computes_in(model: torch.nn.Module) -> str:
+    """The type that a model's matmuls compute in: a 4-bit base's compute type, or that of most weights."""
+    kinds = [getattr(m, "compute_dtype", None) for m in model.modules() if hasattr(m, "quant_state")]
+    kind = next((k for k in kinds if k), None) or plain_dtype(model)
+    return str(kind).removeprefix("torch.")
 
 
 def widen_trained(model: torch.nn.Module) -> None:
@@ -333,7 +350,7 @@ def save_adapter(model: torch.nn.Module, folder: Path, base_model: str, quantiza
                 config[key] = sorted(config[key])
         config["base_model_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        made = {"base_model": base_model, "quantization": quantization}
+        made = {"base_model": base_model, "quantization": quantization, "dtype": computes_in(model)}
         (folder / TUNED_ON).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     else:
         model.config._name_or_path = base_model

@@ -1,0 +1,270 @@
+"""71: comparisons → a model that gives a text one number, its reward → a policy that writes for that number.
+
+Only differences mean something: P(a better than b) = sigmoid(r_a - r_b) (Bradley and Terry 1952; Ouyang et al. 2022).
+A model may be right by counting where the better text is the longer one: so it reads equally many tokens of either.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, TaskType
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
+
+from kit import show
+from kit.lake import Lake, Manifest
+from kit.params import RewardAndPolicy, Training
+from kit.train import models
+from kit.train.encode import Rows, perplexity, prepare
+from kit.train.loop import Metered, common, quiet, run, steps_table
+from kit.train.methods import adapter_config, base_quantization
+from kit.train.preference import usable
+
+FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
+ANSWERS = 2  # to each held-out prompt, before and after
+LIMITS = {"length": (0.2, "×"), "repetition": (0.05, "+"), "cut": (0.2, "+"), "perplexity": (0.1, "×")}
+"""Rises beside a risen reward that count as hacking, relative (×) or in points (+): the kit's own choice."""
+
+
+class Sampled(Metered):
+    """A trainer whose batches are prompts: answers are sampled first, then metered and trained on."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        model.train()
+        return super().training_step(model, self._prepare_inputs(inputs), *args)
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        batch = inputs if isinstance(inputs, dict) else super()._prepare_inputs(inputs)
+        return {**batch, "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)}
+
+
+RewardModelTrainer = type("RewardModelTrainer", (Metered, RewardTrainer), {})
+# reward against the group's mean (Shao et al. 2024), or the others' (Ahmadian et al. 2024)
+OBJECTIVES = {"grpo": (type("GroupTrainer", (Sampled, GRPOTrainer), {}), GRPOConfig),
+              "rloo": (type("LeaveOneOutTrainer", (Sampled, RLOOTrainer), {}), RLOOConfig)}  # fmt: skip
+
+
+def untrained(p: Training, pad: int, kind: str) -> PreTrainedModel:
+    """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, nothing drawn by lot."""
+    base = models.load_model(p.base_model, dtype=p.dtype, quantization=kind, trust_remote_code=p.trust_remote_code)  # fmt: skip
+    base.config.num_labels, base.config.pad_token_id = 1, pad  # the last token that is no padding is read
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(base.config)
+    setattr(model, model.base_model_prefix, base.base_model)
+    model.score = torch.nn.Linear(
+        model.score.in_features, 1, bias=False, device=base.device
+    )  # float32, see `widen_trained`
+    model.score.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    torch.nn.init.zeros_(model.score.weight)
+    vars(model).update({k: v for k, v in vars(base).items() if "quantiz" in k or "loaded_in" in k})
+    return model
+
+
+class Judge:
+    """A reward model and its tokenizer; TRL calls it with answers, and it remembers them."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer, self.told = (
+            model.eval(),
+            tokenizer,
+            bool,
+        )  # told: a progress bar, or nobody
+        self.__name__, self.seen = "reward_model", []
+
+    @torch.no_grad()
+    def rewards(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each encoded text."""
+        batch = self.tokenizer.pad({"input_ids": list(texts)}, padding_side="right", return_tensors="pt")
+        return self.model(**batch.to(self.model.device), use_cache=False).logits[:, 0].float().tolist()
+
+    def __call__(self, prompts: list, completions: list, completion_ids: list, **kw: Any) -> list[float]:
+        """One reward an answer, of prompt and answer encoded as `prepare_pairs` does."""
+        ids = [[t for t in answer if t not in self.tokenizer.all_special_ids] for answer in completion_ids]
+        found = self.rewards([self.tokenizer(q)["input_ids"] + a for q, a in zip(prompts, ids)])
+        for q, text, raw, a, r in zip(prompts, completions, completion_ids, ids, found):
+            seen = {"prompt": q, "answer": text, "reward": r, "length": len(a), "repetition": repetition(a)}
+            self.seen.append({**seen, "cut": float(self.tokenizer.eos_token_id not in raw)})
+        self.told(len(found))
+        kw["log_metric"]("repetition", fmean(repetition(a) for a in ids))
+        return found
+
+
+def load_reward(p: Training, folder: str | Path) -> Judge:
+    """The reward model of `folder` (adapter and head) on `p.base_model`."""
+    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+    base = untrained(p, tokenizer.pad_token_id, models.tuned_on(folder)["quantization"])
+    return Judge(PeftModel.from_pretrained(base, str(folder)), tokenizer)
+
+
+def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
+    """Usable pairs as `chosen_ids` and `rejected_ids`, at most `tokens` long; raises `ModelError`."""
+    # cut here, without end token: TRL drops longer pairs unseen, trains with that token and judges answers without it
+    pairs = usable(found, tokenizer, tokens, split)
+    pairs.rows = pairs.rows[:most]
+    for row in pairs.rows:
+        row["lengths"] = [len(row["chosen"]), len(row["rejected"])]
+        for side in ("chosen", "rejected"):
+            text = tokenizer(row.pop(side), add_special_tokens=False)["input_ids"]
+            row[f"{side}_ids"] = (tokenizer(row["prompt"] or "")["input_ids"] + text)[:tokens]
+    if len(pairs.rows) < FEWEST:
+        few = f"{len(pairs.rows)} usable {split} pairs (dropped: {pairs.dropped or 'none'})"
+        raise models.ModelError(f"50_build_datasets has {few}, a reward model needs {FEWEST}")
+    return pairs
+
+
+def train_reward(p: RewardAndPolicy, tokenizer: Any, pairs: Rows, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The trainer, and the metrics, of a reward model fitted to `pairs`; `folder` is for its log."""
+    config, model = adapter_config(p), untrained(p, tokenizer.pad_token_id, base_quantization(p))
+    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
+    args = RewardConfig(max_steps=p.reward_steps, per_device_train_batch_size=p.reward_batch_size,
+                        center_rewards_coefficient=0.01,  # pairs leave the mean open (Eisenstein et al. 2023)
+                        learning_rate=p.reward_learning_rate, **common(p, model, folder) | {"max_length": p.reward_tokens})  # fmt: skip
+    rows = Dataset.from_list(pairs.rows)
+    with quiet():
+        made = RewardModelTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=config)  # fmt: skip
+    models.widen_trained(made.model)
+    return made, run(made, "reward model")
+
+
+def judged(judge: Judge, held: Rows) -> dict[str, Any]:
+    """How good a reward model is on pairs it never saw; lengths are those of the whole texts, in characters."""
+    found, lengths = [], [pair["lengths"] for pair in held.rows]
+    with show.progress(len(held.rows), "held-out pairs", "pairs") as bar:
+        for pair in held.rows:
+            found.append(judge.rewards([pair["chosen_ids"], pair["rejected_ids"]]))
+            bar.update()
+    margins, varied = [chosen - rejected for chosen, rejected in found], np.std(found) * np.std(lengths)
+    return {
+        "pairs": len(margins),
+        "accuracy": fmean(m > 0 for m in margins),
+        "interval": wilson(sum(m > 0 for m in margins), len(margins)),
+        "longer_wins": fmean(chosen > rejected for chosen, rejected in lengths),
+        "length_correlation": float(np.corrcoef(np.ravel(found), np.ravel(lengths))[0, 1]) if varied else 0.0,
+        **calibration(margins),
+    }
+
+
+def wilson(right: float, of: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), which stays within 0 and 1 for few trials too."""
+    scale, middle = of + z * z, (right + z * z / 2) / (of + z * z)
+    half = z * (right * (of - right) / of + z * z / 4) ** 0.5 / scale
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def calibration(margins: Sequence[float], bins: int = 4) -> dict[str, Any]:
+    """Whether P = sigmoid(r_chosen - r_rejected) comes true: reliability bins, ECE and Brier score.
+
+    A pair can be asked either way round, so each counts from the side the model takes, P ≥ 1/2. Bins hold equally many
+    pairs. ECE: mean |said - came true| over pairs (Naeini et al. 2015); Brier: mean (1 - P)², 1/4 for always 1/2.
+    """
+    p = 1 / (1 + np.exp(-np.asarray(margins, dtype=float)))
+    sure, right = np.maximum(p, 1 - p), (p > 0.5) + (p == 0.5) / 2
+    parts = [i for i in np.array_split(np.argsort(sure, kind="stable"), bins) if len(i)]
+    made = [(float(sure[i].mean()), float(right[i].mean()), len(i)) for i in parts]
+    return {
+        "bins": [{"said": s, "came_true": c, "interval": wilson(c * n, n), "pairs": n} for s, c, n in made],
+        "ece": sum(n * abs(s - c) for s, c, n in made) / len(p),
+        "brier": float(((1 - p) ** 2).mean()),
+    }
+
+
+def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy, least: int) -> Dataset:
+    """The distinct prompts that leave room for an answer in what the reward model reads; raises `ModelError`."""
+    room = p.reward_tokens - p.policy_tokens
+    asked = dict.fromkeys(r["prompt"] for r in rows if (r["prompt"] or "").strip())
+    kept = [{"prompt": q} for q in asked if len(tokenizer(q)["input_ids"]) <= room]
+    if len(kept) < least:  # TRL would leave an incomplete batch out, and train on nothing
+        of = f"{len(kept)} of {len(asked)} distinct prompts have at most {room} tokens, a step needs {least}"
+        raise models.ModelError(f"{of}: lower policy_prompts or policy_tokens, or raise reward_tokens")
+    return Dataset.from_list(kept)
+
+
+def build_policy(p: RewardAndPolicy, model: Any, judge: Judge, asked: Sequence[Dataset], folder: Path) -> Any:
+    """The TRL trainer for `p`; `model` becomes policy and, with its new adapter off, reference."""
+    trainer, config = OBJECTIVES[p.policy_objective]
+    args = config(max_steps=p.policy_steps, per_device_train_batch_size=p.policy_prompts * p.policy_generations,
+                  num_generations=p.policy_generations, num_iterations=p.policy_iterations, disable_dropout=True,
+                  num_generations_eval=ANSWERS, per_device_eval_batch_size=4 * ANSWERS, epsilon=p.policy_clip,
+                  max_completion_length=p.policy_tokens, learning_rate=p.policy_learning_rate,
+                  beta=p.policy_kl_beta, **{k: v for k, v in common(p, model, folder).items() if k != "max_length"})  # fmt: skip
+    with quiet():
+        made = trainer(model, judge, args, train_dataset=asked[0], eval_dataset=asked[1],
+                       processing_class=judge.tokenizer, peft_config=adapter_config(p))  # fmt: skip
+    models.widen_trained(made.model)
+    return made
+
+
+def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tuple[dict[str, float], list]:
+    """Means over `ANSWERS` to each held-out prompt, drawn with the same seed every time; and the answers."""
+    judge.seen, total = [], len(trainer.eval_dataset) * ANSWERS
+    torch.manual_seed(seed)
+    with quiet(), show.progress(total, "held-out answers", "answers") as bar:
+        judge.told = bar.update
+        trainer.evaluate()
+    judge.told = bool
+    means = {k: fmean(s[k] for s in judge.seen) for k in ("reward", "length", "repetition", "cut")}
+    means["perplexity"] = perplexity(trainer.model, judge.tokenizer, held.rows)[0]
+    return means, [{"when": when} | s for s in judge.seen]
+
+
+def repetition(tokens: Sequence[int], n: int = 3) -> float:
+    """Share of n-grams that were there before in the same text; 0 for a text too short to repeat itself."""
+    grams = list(zip(*(tokens[i:] for i in range(n))))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def hacking(before: Mapping[str, float], after: Mapping[str, float], limits: Mapping = LIMITS) -> list[str]:
+    """Why a risen reward looks hacked: what rose with it beyond `limits`; empty where the reward did not rise."""
+    over = {k: limit * (before[k] if kind == "×" else 1) for k, (limit, kind) in limits.items()}
+    rose = after["reward"] > before["reward"]
+    return [f"{k} {before[k]:.3g} → {after[k]:.3g}" for k in over if rose and after[k] - before[k] > over[k]]
+
+
+def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
+    """Train a reward model on the pairs of 50, and the model of 60 against it; commit `reward/` and `model/`.
+
+    The policy's adapter goes on top of 60's. Every step's reward, KL, clipped share, length, repetition: tables `*_steps`.
+    Counts: train pairs in; out those trained on. Raises `ModelError` for what it cannot do, and a first KL that is not 0.
+    """
+    models.set_threads(p.threads)
+    if not isinstance(adapter_config(p), LoraConfig):
+        raise models.ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
+    with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
+        data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
+        found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
+        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        pairs = prepare_pairs(found, tokenizer, p.reward_tokens, "train")
+        unseen = prepare_pairs(found, tokenizer, p.reward_tokens, "heldout", p.reward_eval_pairs)
+        asked = [prepare_prompts(r, tokenizer, p, n) for r, n in zip(rows, (p.policy_prompts * p.gradient_accumulation, 1))]  # fmt: skip
+        held = prepare(rows[1][: p.eval_rows], tokenizer, p.max_tokens)
+        fitted, learned = train_reward(p, tokenizer, pairs, Path(temp, "r"))
+        judge, kind = Judge(fitted.model, tokenizer), base_quantization(p)
+        learned |= judged(judge, unseen)
+        model = models.load_model(p.base_model, dtype=p.dtype, adapters=[lake.local_folder(tuned, "model")],
+                                  quantization=kind, trust_remote_code=p.trust_remote_code)  # fmt: skip
+        trainer = build_policy(p, model, judge, asked, Path(temp, "p"))
+        before, first = measure(trainer, judge, held, p.seed, "before")
+        ran = run(trainer, f"policy {p.policy_objective}")
+        steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+        if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
+            raise models.ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
+        after, last = measure(trainer, judge, held, p.seed, "after")
+        for made, name in ((fitted, "reward"), (trainer, "model")):
+            out.folder(name, models.save_adapter(made.model, Path(temp, name), p.base_model, kind))
+            out.table(f"{name}_steps", steps_table(made), measured=True)
+        out.table("answers", pa.Table.from_pylist(first + last))
+        flat, why = sum(s.get("frac_reward_zero_std") == 1 for s in steps), hacking(before, after)
+        print(f"reward hacking: {', '.join(why) or 'no sign'}; all rewards equal in {flat} of {len(steps)} steps")  # fmt: skip
+        said = ran["flops_convention"] + "; sampling, reference and reward model not counted"
+        ran |= {"flat_steps": flat, "reference": "the tuned model, new adapter off", "flops_convention": said}
+        found = {"reward_model": learned, "policy": ran, "before": before, "after": after, "hacked": why}
+        return out.commit(pairs.counts(p.reward_steps, p.reward_batch_size * p.gradient_accumulation, "reward_steps"), found)  # fmt: skip
