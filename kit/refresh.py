@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from kit import cost
-from kit.lake import Lake
+from kit.lake import Lake, Manifest
+from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER, execution
 from kit.show import stderr_to
@@ -66,21 +67,40 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
             (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
         ]
         found.append(stages)
-    code = lake.need(large, "90_compare_generations").code
-    model = [
-        x.partition(":")[2]
-        for x in Path("/proc/cpuinfo").read_text().splitlines()
-        if x.startswith("model name")
-    ]
-    made = {
-        "machine": f"{os.cpu_count()} cores of {model[0].strip() if model else 'unknown'}, no GPU",
-        "date": lake.need(large, "90_compare_generations").created_at[:10],
-        "commit": str(code["git_sha"])[:10] + ("+" if code["dirty"] else ""),
-        "stages": cost.two_point_rates(*found),
-    }
+    made = _made_by(lake.need(large, "90_compare_generations")) | {"stages": cost.two_point_rates(*found)}
     cost.REFERENCE.parent.mkdir(exist_ok=True)
     cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
+def reference_methods(run: str = "sample") -> None:
+    """Write `compare_methods.REFERENCE`, which 60 shows, from the comparison of methods of `run` in the default lake."""
+    manifest = Lake("lake").need(run, "61_compare_peft_methods")
+    rows = [
+        {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
+        for row in manifest.metrics["rows"]
+    ]
+    command = "make notebooks" if run == "sample" else f"kit run params/{run}.yaml --only 61"
+    made = _made_by(manifest) | {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
+    compare_methods.REFERENCE.write_text(
+        json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _made_by(manifest: Manifest) -> dict[str, str]:
+    """Machine, date and commit of a result."""
+    cpu = [
+        x.partition(":")[2]
+        for x in Path("/proc/cpuinfo").read_text().splitlines()
+        if x.startswith("model name")
+    ]
+    return {
+        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, no GPU",
+        "date": manifest.created_at[:10],
+        "commit": str(manifest.code["git_sha"])[:10] + ("+" if manifest.code["dirty"] else ""),
+    }
+
+
 if __name__ == "__main__":
-    {"notebooks": refresh_notebooks, "reference": reference_run}[sys.argv[1]](*sys.argv[2:])
+    {"notebooks": refresh_notebooks, "reference": reference_run, "methods": reference_methods}[sys.argv[1]](
+        *sys.argv[2:]
+    )

@@ -15,8 +15,9 @@ from kit import params
 from kit.train import models, reward
 from kit.train.encode import perplexity, prepare
 from kit.train.models import ModelError
-from kit.train.reward import calibration, hacking, load_reward, repetition, reward_and_policy, wilson
+from kit.train.reward import load_reward, reward_and_policy
 from kit.train.sft import finetune
+from kit.train.trust import LIMITS, calibration, hacking, repetition, wilson
 
 WORDS = ["plot", "cast", "scene", "music", "light", "story", "actor", "joke", "song", "end"]
 ROWS = [review(i, f" {TEXT[i % 3]}", prompt=f"Film {i % 4} is") for i in range(8)]
@@ -105,8 +106,13 @@ def test_the_policy_starts_at_the_tuned_model_goes_on_top_of_it_and_its_answers_
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo"])
 def test_a_planted_reward_rises(tmp_path, objective):
-    trainer = policy(tmp_path, policy_objective=objective, policy_generations=8, policy_steps=12,
-                     policy_learning_rate=2e-2, policy_kl_beta=0.01)  # fmt: skip
+    given = {
+        "policy_generations": 8,
+        "policy_steps": 12,
+        "policy_learning_rate": 2e-2,
+        "policy_kl_beta": 0.01,
+    }
+    trainer = policy(tmp_path, policy_objective=objective, **given)
     ran = reward.run(trainer, "policy")
     steps = reward.steps_table(trainer).to_pydict()
     assert sum(steps["reward"][-3:]) > sum(steps["reward"][:3]) + 0.3
@@ -160,19 +166,35 @@ def test_wilson_and_repetition():
     assert repetition([1, 2, 3, 1, 2, 3, 1]) == pytest.approx(2 / 5)
 
 
-def test_hacking_is_named_only_where_the_reward_rose():
-    before = {"reward": 0.0, "length": 20.0, "repetition": 0.02, "cut": 0.5, "perplexity": 30.0}
-    risen = before | {"reward": 1.0}
-    assert hacking(before, risen) == []
-    assert hacking(before, risen | {"length": 30.0}) == ["length 20 → 30"]
-    assert len(hacking(before, risen | {"repetition": 0.3, "cut": 0.9})) == 2
-    assert hacking(before, risen | {"length": 23.0, "repetition": 0.06, "perplexity": 32.0}) == []
-    assert hacking(before, risen | {"reward": -1.0, "length": 90.0}) == []
+BEFORE = {"reward": 0.0, "length": 20.0, "repetition": 0.02, "cut": 0.5, "perplexity": 30.0}
+AT_LIMIT = {"length": 24.0, "repetition": 0.07, "cut": 0.7, "perplexity": 33.0}
 
 
-REFUSED = {"lora, qlora or dora": {"method": "prompt"}, "raise reward_tokens": {"policy_tokens": 47},
-           "4 of 4 distinct prompts .* lower policy_prompts": {"policy_prompts": 9},
-           "2 usable heldout pairs .* needs 4": {"reward_eval_pairs": 2}}  # fmt: skip
+@pytest.mark.parametrize("what", LIMITS)
+def test_hacking_is_a_rise_beyond_the_limit_beside_a_risen_reward(what):
+    little, much = (BEFORE | {what: AT_LIMIT[what] * by} for by in (0.99, 1.01))
+    assert hacking(BEFORE, much | {"reward": 1.0}) == [f"{what} {BEFORE[what]:.3g} → {much[what]:.3g}"]
+    assert hacking(BEFORE, little | {"reward": 1.0}) == []
+    assert hacking(BEFORE, much | {"reward": 0.0}) == [], "nothing was gained by it"
+    assert hacking(BEFORE, much | {"reward": -1.0}) == []
+    assert hacking(much, BEFORE | {"reward": 1.0}) == [], "shorter, plainer, likelier: no hacking"
+
+
+def test_each_way_of_hacking_is_named():
+    assert len(hacking(BEFORE, AT_LIMIT | {"reward": 1.0, "repetition": 0.3, "cut": 0.9})) == 2
+
+
+REFUSED = {
+    "lora, qlora or dora": {"method": "prompt"},
+    "raise reward_tokens": {"policy_tokens": 47},
+    "4 of 4 distinct prompts .* lower policy_prompts": {"policy_prompts": 9},
+    "2 usable heldout pairs .* needs 4": {"reward_eval_pairs": 2},
+    "needs .* GB and this machine has": {
+        "reward_tokens": 100_000,
+        "max_tokens": 100_000,
+        "reward_batch_size": 500,
+    },
+}
 
 
 @pytest.mark.parametrize("said", REFUSED)
@@ -188,3 +210,30 @@ def test_too_few_pairs_and_rows_without_prompts_are_refused(tmp_path, said):
     finetune(sft_params(lake, sft_steps=1), lake)
     with pytest.raises(ModelError, match=said):
         reward_and_policy(small(lake), lake)
+
+
+@pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix"])
+def test_a_learned_prompt_below_is_refused_before_anything_is_trained(tmp_path, monkeypatch, method):
+    lake = make_lake(tmp_path, train=ROWS, pairs=planted())
+    finetune(sft_params(lake, sft_steps=1, method=method), lake)
+    monkeypatch.setattr(reward, "train_reward", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ModelError, match=f"method={method}: run 60 with method=lora"):
+        reward_and_policy(small(lake), lake)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+def test_the_reference_is_said(capsys, beta):
+    m = reward_and_policy(small(tuned_lake(), policy_kl_beta=beta), tuned_lake())
+    said = m.metrics["policy"]["what_ran"]["reference"]
+    assert said == ("the tuned model, new adapter off" if beta else "none, policy_kl_beta is 0")
+    assert f"reference: {said}" in capsys.readouterr().out
+
+
+def test_a_text_that_several_pairs_share_is_read_once(monkeypatch):
+    judge = Planted(models.load_model(tiny_model(), dtype="float32"))
+    pairs = [pair(i, f" {better}", " dull", "Film is", "heldout") for i, better in enumerate(WORDS[:5])]
+    read, rewards = [], judge.rewards
+    monkeypatch.setattr(judge, "rewards", lambda texts: (read.extend(map(tuple, texts)), rewards(texts))[1])
+    found = reward.judged(judge, reward.prepare_pairs(pairs, judge.tokenizer, 32, "heldout"))
+    assert (found["pairs"], found["texts"]) == (5, 6) == (5, len(read))
+    assert len(set(read)) == 6

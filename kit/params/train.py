@@ -89,9 +89,9 @@ class ComparePeft(Adapting):
 
     methods: Strings = Field(list(METHODS), description="what is compared")
     packing: bool = Field(False, description="fill every row to max_tokens with whole documents, no padding")
-    compare_steps: int = Field(4, description="optimizer steps of each", ge=1)
+    compare_steps: int = Field(3, description="optimizer steps of each", ge=1)
     compare_batch_size: int = Field(2, description="rows of each step", ge=1)
-    compare_eval_rows: int = Field(6, description="held-out rows for the loss", ge=1)
+    compare_eval_rows: int = Field(4, description="held-out rows for the loss", ge=1)
 
 
 class ContinuePretraining(Training):
@@ -140,7 +140,7 @@ class AlignDpo(Tuning):
     dpo_learning_rate: float = Field(
         0.0, description="peak learning rate, 0 = a fifth of the method's own", ge=0
     )
-    sweep_betas: Strings = Field(["0.02", "0.5"], description="other values of dpo_beta to train beside it, for a figure")
+    sweep_betas: Strings = Field(["1.0"], description="other values of dpo_beta to train beside it, for a figure")
 
 
 class RewardAndPolicy(Tuning):
@@ -149,8 +149,8 @@ class RewardAndPolicy(Tuning):
     stage: ClassVar[str] = "71_reward_and_policy"
     needs: ClassVar[tuple[str, ...]] = ("50_build_datasets", "60_finetune_sft")
 
-    reward_steps: int = Field(12, description="optimizer steps of the reward model", ge=1)
-    reward_batch_size: int = Field(4, description="pairs per step", ge=1)
+    reward_steps: int = Field(24, description="optimizer steps of the reward model", ge=1)
+    reward_batch_size: int = Field(2, description="pairs per step", ge=1)
     reward_tokens: int = Field(
         64, description="what the reward model reads of a text, prompt included, in tokens", ge=8
     )
@@ -160,10 +160,10 @@ class RewardAndPolicy(Tuning):
     policy_prompts: int = Field(2, description="prompts per step", ge=1)
     policy_generations: int = Field(4, description="answers to each prompt, compared with each other", ge=2)
     policy_iterations: int = Field(1, description="updates on each batch of answers", ge=1)
-    policy_learning_rate: float = Field(5e-4, description="peak learning rate", gt=0)
+    policy_learning_rate: float = Field(1e-3, description="peak learning rate", gt=0)
     policy_clip: float = Field(0.2, description="how far the ratio of new to old probability counts", gt=0)
     policy_kl_beta: float = Field(0.05, description="price of moving away from the reference", ge=0)
-    policy_tokens: int = Field(32, description="length of an answer", ge=1)
+    policy_tokens: int = Field(24, description="length of an answer", ge=1)
     reward_eval_pairs: int = Field(
         32, description="held-out pairs that score the reward model, at most", ge=1
     )
@@ -183,9 +183,6 @@ class ConstitutionalFeedback(Training):
     feedback_principles: int = Field(
         3, description="principles under which each answer is revised, all used alike", ge=1
     )
-    feedback_seed_answer: Literal["generate", "dataset"] = Field(
-        "generate", description="first answers: written by the model, or those of the data set"
-    )
     endpoint: str = Field("", description="OpenAI-compatible URL, …/v1; empty = base_model in this process")
     endpoint_model: str = Field("", description="model to ask for there")
     endpoint_key_from: str = Field("OPENAI_API_KEY", description="environment variable that holds the key")
@@ -193,10 +190,6 @@ class ConstitutionalFeedback(Training):
     feedback_tokens: int = Field(40, description="length of an answer", ge=1)
     feedback_temperature: float = Field(
         0.7, description="of first answers; critique and judgement are greedy", ge=0
-    )
-    feedback_calibrate: bool = Field(
-        True,
-        description="take the judge's liking of a letter off, measured on equal texts; not at an endpoint",
     )
 
 

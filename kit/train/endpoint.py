@@ -1,7 +1,5 @@
 """Questions to an OpenAI-compatible endpoint, by the package openai: its retries, its timeouts, its errors."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -18,13 +16,14 @@ RETRIES, WORKERS, JUDGED = 3, 4, 3
 """Further attempts of a request; requests under way at once; how often a judge is asked for a letter."""
 PLACE = re.compile(r"(?i)(https?)://([a-z\d.-]+|\[[\da-f:.]+\])(:\d{1,5})?(/[\w./~-]*)?", re.ASCII)
 LETTER = re.compile(r"(?i)^\W*([AB])\W*$|(?:text|answer|one)(?: is)?:? ?\W{0,2}([AB])\b|\(([AB])\)")
-ONLY = {"role": "user", "content": "Answer with one letter, A or B."}
+ONLY = "Answer with one letter, A or B."
 
 
 class Endpoint:
     """A model behind a URL and the log of what it was asked; `ModelError` for settings that cannot be right."""
 
     gives_odds = False
+    length = staticmethod(lambda text: len(text.encode()) // 4)  # about so many bytes make a token
 
     def __init__(self, url: str, model: str, key_from: str, timeout_s: float) -> None:
         try:
@@ -41,7 +40,7 @@ class Endpoint:
             raise ModelError(f"the key in {key_from} is not ASCII, or would travel unencrypted: use https")
         self.openai, self.model, self.key_from, self.calls = openai, model, key_from, []
         self.what_ran = {"endpoint": url.split("/")[2], "model": model}
-        # the key is for one host, so no redirect is followed; a proxy of the environment cannot reach this machine
+        # the key is for one host: no redirect is followed; no proxy of the environment leads to this machine
         hooks = {"request": [self._headers]}
         web = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not near, event_hooks=hooks)
         told = {"base_url": url, "api_key": self.key or "none", "timeout": timeout_s, "http_client": web}
@@ -66,17 +65,17 @@ class Endpoint:
             return [(made, bar.update())[0] for made in pool.map(work, chats)]
 
     def _judge(self, chat: list[Turn]) -> tuple[float | None, str]:
-        chat = [*chat, ONLY]
+        chat = [{"role": "user", "content": f"{chat[-1]['content']} {ONLY}"}]
         for _ in range(JUDGED):
             reply, error = self.chat("judge", chat, 16, 0.0)
             named = {"".join(found).upper() for found in LETTER.findall(reply)}
             if error or len(named) == 1:
                 break
-            chat = [*chat, {"role": "assistant", "content": reply or "?"}, ONLY]
+            chat = [*chat, {"role": "assistant", "content": reply or "?"}, {"role": "user", "content": ONLY}]
         return {"A": math.inf, "B": -math.inf}[named.pop()] if len(named) == 1 else None, error
 
     def chat(self, role: str, turns: list[Turn], tokens: int, temperature: float) -> tuple[str, str]:
-        """(reply, "") or ("", error in a few words); raises `ModelError` where later requests fare no better."""
+        """(reply, "") or ("", error in a few words); raises `ModelError` where no later request can do better."""
         call = Call(role, self.model, json.dumps(turns, ensure_ascii=False))
         self.calls.append(call)
         started, create = time.perf_counter(), self.client.chat.completions.with_raw_response.create

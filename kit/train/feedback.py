@@ -8,233 +8,209 @@ by the log-odds of A and B, less those of one text beside itself (after Zhao et 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kit import show
 from kit.lake import Counts, Lake, Manifest
-from kit.params import ConstitutionalFeedback
+from kit.params import ConstitutionalFeedback, ParamError
 from kit.train import models
 from kit.train.chat import InProcess, Turn
 from kit.train.encode import SECTION
 from kit.train.endpoint import Endpoint
-from kit.train.models import ModelError
-from kit.train.principles import Principle, load_principles
 
-UNDECIDED = 0.001
-"""A probability so near to a half is no judgement: logits of a bfloat16 model are often just equal."""
+UNDECIDED = 0.001  # so near to a half is no judgement: logits of a bfloat16 model are often just equal
 JUDGEMENT_TURNS, NOT_DECIDED = "judgement depends on the order", "judged undecided"
-BEGUN = "The better one is Text"
-TEXTS = ["pair_id", "prompt", "chosen", "rejected", "item", "lang", "split", "principle"]
-PAIR = pa.schema([*((x, pa.string()) for x in TEXTS), ("confidence", pa.float64())])
-"""What 70 reads of 50's pairs, and whence a pair comes; all from train rows, so all on that side."""
-TOTALS = ("prompt_tokens", "reply_tokens", "seconds")
 ENDED = re.compile(r"(?s).*(?:[.!?…][\"'”’)]*(?=\s|$)|[。！？])")
+TEXTS = ("prompt", "chosen", "rejected", "split", "principle")
+PAIR = pa.schema([*((name, pa.string()) for name in TEXTS), ("confidence", pa.float64())])
+"""What 70 reads of a pair, and where it comes from; all from train rows, so all on that side."""
+
+
+class Principle(BaseModel):
+    """What one principle asks a model for; plain words, sent as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True, str_min_length=1)
+    name: str
+    critique: str
+    revise: str
+    judge: str
 
 
 @dataclass
 class Case:
-    """One prompt under one principle, on its way; `toward`: probability that the revision is better, by order."""
+    """One prompt under one principle, on its way; `toward`: probabilities that the revision is better, by order."""
 
-    row: dict[str, Any]
+    prompt: str
     principle: Principle
     answer: str = ""
     critique: str = ""
     revision: str = ""
-    toward: tuple[float, float] | None = None
-    turns_uncalibrated: bool | None = None
+    toward: tuple[float, ...] = ()
+    turns_uncalibrated: bool = False
     lost: str = ""
     error: str = ""
 
-    @property
-    def alive(self) -> bool:
-        """Whether it is still on its way."""
-        return not self.lost and not self.error
-
     def chat(self) -> list[Turn]:
-        """What was said so far."""
-        asks, p = question(self.row["prompt"]), self.principle
-        said = [asks, self.answer, p.critique, self.critique, p.revise, ""]
+        """What was said so far, up to the next request."""
+        asks = self.principle
+        said = [question(self.prompt), self.answer, asks.critique, self.critique, asks.revise, ""]
         return [{"role": ("user", "assistant")[i % 2], "content": said[i]} for i in range(said.index(""))]
 
     def choice(self, a: str, b: str) -> list[Turn]:
-        """The judge's question. A text that goes on is judged without its prompt: the shipped model then preferred
-        20 of 24 human texts to its own for their detail, and 14 with it."""
-        prompt = self.row["prompt"]
-        request = f"Request: {question(prompt)}\n\n" if SECTION.match(prompt) else ""
+        """The judge's question; a text to go on with is left out: 135M parameters judge by it, not by the texts."""
+        request = f"Request: {question(self.prompt)}\n\n" if SECTION.match(self.prompt) else ""
         asked = f"{request}Text A: {a}\n\nText B: {b}\n\n{self.principle.judge}"
         return [{"role": "user", "content": asked}]
 
 
+def load_principles(path: str) -> list[Principle]:
+    """The principles in a YAML file, a list of `{name, critique, revise, judge}`; raises `ParamError`."""
+    told = f"principles_file '{Path(path).name}'"
+    try:
+        items = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return TypeAdapter(Annotated[list[Principle], Field(min_length=1)]).validate_python(items)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ParamError(f"{told}, item {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise ParamError(f"{told} is not YAML: {' '.join(str(error).split())}") from None
+
+
 def question(prompt: str) -> str:
     """A row's prompt as a request: that of an instruction row, or the beginning of a text to go on with."""
-    if SECTION.match(prompt):
-        return SECTION.sub("", prompt).strip()
-    return f"Continue this text with two or three sentences: {prompt}"
+    request = SECTION.sub("", prompt).strip()
+    return request if SECTION.match(prompt) else f"Continue this text with two or three sentences: {prompt}"
 
 
 def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
-    """Commit `pairs.jsonl`, tables `preferences`, `judgements` (every case) and `calls` (every request).
+    """Commit tables `preferences` (what 70 reads), `judgements` (every case) and `calls` (every request).
 
-    Prompts are the first ones of the train rows, each under `feedback_principles` principles, all used alike.
-    Counts: prompts in, further cases created; out the pairs. Metrics: how judgements split, calls, tokens. Raises
-    `ParamError` for the principles, `ModelError` for an endpoint that cannot be used and rows without prompts. An
-    endpoint may reply otherwise in every run, and its judge is not asked for log-probabilities.
+    Counts: prompts in, further cases created; out the pairs. Raises `ParamError` for the principles, `ModelError` for
+    an endpoint that cannot be used and rows without prompts. An endpoint may reply otherwise in every run.
     """
     with lake.stage(p) as out:
         rows = lake.table(out.read("50_build_datasets"), "train").to_pylist()
         principles = load_principles(out.read_outside(p.principles_file))
-        groups = cases(rows, principles, p)
-        found = [case for group in groups for case in group]
+        each = min(p.feedback_principles, len(principles))
+        found = cases(rows, principles, each, p)
+        prompts = len(found) // each
         if p.endpoint:
             asked = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_from, p.endpoint_timeout_s)
         else:
             models.set_threads(p.threads)
             asked = InProcess(p.base_model, dtype=p.dtype, trust_remote_code=p.trust_remote_code, seed=p.seed)
-        calibrated = asked.gives_odds and p.feedback_calibrate
-        total = len(found) * (6 if calibrated else 4) + (0 if found[0].answer else len(groups))
-        with show.progress(total, "feedback", "calls") as bar:
-            if p.feedback_seed_answer == "generate":
-                heads = [group[0] for group in groups]
-                _say(asked, "answer", heads, p.feedback_tokens, p.feedback_temperature, bar)
-                for head, *rest in groups:
-                    for case in rest:
-                        case.answer, case.lost, case.error = head.answer, head.lost, head.error
+        calls = prompts + len(found) * (6 if asked.gives_odds else 4)
+        with show.progress(calls, "feedback", "calls") as bar:
+            _say(asked, "answer", found[::each], p.feedback_tokens, p.feedback_temperature, bar)
+            for i, case in enumerate(found):
+                first = found[i - i % each]
+                case.answer, case.lost, case.error = first.answer, first.lost, first.error
             _say(asked, "critique", found, p.feedback_tokens, 0.0, bar)
             _say(asked, "revision", found, p.feedback_tokens, 0.0, bar)
-            _drop(found, asked.length, p.max_tokens)
-            _judge(asked, found, calibrated, bar)
-        kept = [pair(case) for case in found if case.alive]
-        lines = "".join(json.dumps({k: x[k] for k in PAIR.names[1:]}) + "\n" for x in kept)
-        out.bytes("pairs.jsonl", lines.encode(), rows=len(kept))
-        out.table("preferences", pa.Table.from_pylist(kept, schema=PAIR))
+            _drop(asked, found, p.max_tokens)
+            _judge(asked, found, bar)
+        pairs = [pair(case) for case in _going(found)]
+        out.table("preferences", pa.Table.from_pylist(pairs, PAIR))
         out.table("judgements", pa.Table.from_pylist([judgement(case) for case in found]))
-        out.table("calls", pa.Table.from_pylist([asdict(c) for c in asked.calls]), measured=True)
-        counts = Counts(
-            records_in=len(groups),
-            created=len(found) - len(groups),
-            records_out=len(kept),
-            dropped=dict(Counter(c.lost for c in found if c.lost)),
-            failed=dict(Counter(c.error for c in found if c.error)),
-        )
-        return out.commit(counts, metrics(found, asked))
+        out.table("calls", pa.Table.from_pylist([asdict(call) for call in asked.calls]), measured=True)
+        counts = {"records_in": prompts, "created": len(found) - prompts, "records_out": len(pairs)}
+        counts |= {"dropped": Counter(c.lost for c in found if c.lost)}
+        counts |= {"failed": Counter(c.error for c in found if c.error)}
+        return out.commit(Counts(**counts), metrics(found, asked))
 
 
-def cases(rows: Sequence[dict], principles: list[Principle], p: ConstitutionalFeedback) -> list[list[Case]]:
-    """Cases of the first `feedback_prompts` different prompts; the principles go round in a shuffled order."""
-    prompts: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        asks = (row["prompt"] or "").strip() and (row["completion"] or "").strip()
-        if asks and len(prompts) < p.feedback_prompts:
-            prompts.setdefault(row["prompt"], row)
+def cases(rows: list[dict], principles: list[Principle], each: int, p: ConstitutionalFeedback) -> list[Case]:
+    """`each` cases for each of the first `feedback_prompts` prompts; principles go round in a shuffled order."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows if (row["prompt"] or "").strip()))
     if not prompts:
-        raise ModelError("no train row of 50_build_datasets has a prompt, so there is nothing to answer")
+        raise models.ModelError("no train row of 50_build_datasets has a prompt: there is nothing to answer")
     order = Random(p.seed).sample(principles, len(principles))
-    each, given = min(p.feedback_principles, len(order)), p.feedback_seed_answer == "dataset"
-    return [
-        [
-            Case(row, order[(i * each + j) % len(order)], row["completion"].strip() * given)
-            for j in range(each)
-        ]
-        for i, row in enumerate(prompts.values())
-    ]
+    asked = [prompt for prompt in prompts[: p.feedback_prompts] for _ in range(each)]
+    return [Case(prompt, order[i % len(order)]) for i, prompt in enumerate(asked)]
+
+
+def _going(found: Sequence[Case]) -> list[Case]:
+    return [case for case in found if not case.lost and not case.error]
 
 
 def _say(asked: Any, role: str, found: Sequence[Case], tokens: int, temperature: float, bar: Any) -> None:
-    going = [case for case in found if case.alive]
+    """Ask for the next text of each case still on its way, less the prompt said again and a sentence cut short."""
+    going = _going(found)
     replies = asked.ask(role, [case.chat() for case in going], tokens, temperature, bar)
     for case, (reply, error) in zip(going, replies, strict=True):
-        if role != "critique":
-            # a small model says the beginning again, and its last sentence is often cut
-            reply = re.sub(rf"(?i)^\W*{re.escape(case.row['prompt'].strip())}\W*", "", reply)
-            reply = (ENDED.match(reply) or [reply])[0].strip()
+        reply = re.sub(rf"(?i)^\W*{re.escape(case.prompt.strip())}\W*", "", reply)
+        reply = (ENDED.match(reply) or [reply])[0].strip()
         setattr(case, role, reply)
         case.error, case.lost = error, "" if error or reply else f"empty {role}"
 
 
-def _drop(found: Sequence[Case], length: Any, max_tokens: int) -> None:
+def _drop(asked: Any, found: Sequence[Case], max_tokens: int) -> None:
     """Leave out what is no pair to learn from, before a judge is asked."""
-    seen = set()
-    for case in (c for c in found if c.alive):
-        texts = (case.row["prompt"], case.answer, case.revision)
-        prompt, answer, revision = (" ".join(text.casefold().split()) for text in texts)
-        if revision == answer:
-            case.lost = "revision equals the first answer"
-        elif (prompt, revision) in seen:
-            case.lost = "same revision under another principle"
-        elif max(length(f"{texts[0]} {side}") for side in texts[1:]) > max_tokens:
+    told = lambda case, text: (case.prompt, " ".join(text.casefold().split()))  # noqa: E731
+    seen = {told(case, case.answer) for case in found}
+    for case in _going(found):
+        if told(case, case.revision) in seen:
+            case.lost = "revision equals the first answer or another revision"
+        elif asked.length(f"{case.prompt} {max(case.answer, case.revision, key=len)}") > max_tokens:
             case.lost = "pair longer than max_tokens"
-        seen.add((prompt, revision))
+        seen.add(told(case, case.revision))
 
 
-def _judge(asked: Any, found: Sequence[Case], calibrated: bool, bar: Any) -> None:
-    """Judge each pair in both orders, and each text beside itself where a liking of a letter is to be taken off."""
-    going = [case for case in found if case.alive]
-    orders = [lambda c: (c.answer, c.revision), lambda c: (c.revision, c.answer)]
-    if calibrated:
-        orders += [lambda c: (c.answer, c.answer), lambda c: (c.revision, c.revision)]
-    judged = asked.judge([case.choice(*order(case)) for case in going for order in orders], BEGUN, bar)
-    for n, case in enumerate(going):
-        mine = judged[n * len(orders) : (n + 1) * len(orders)]
-        case.error = next((error for _, error in mine if error), "")
-        odds = [x for x, _ in mine]
+def _judge(asked: Any, found: Sequence[Case], bar: Any) -> None:
+    """Judge each pair in both orders, and each text beside itself where a liking of a letter can be taken off."""
+    going, n = _going(found), 4 if asked.gives_odds else 2
+    texts = [(case, case.answer, case.revision) for case in going]
+    chats = [case.choice(*x) for case, a, b in texts for x in [(a, b), (b, a), (a, a), (b, b)][:n]]
+    judged = asked.judge(chats, bar)
+    for i, case in enumerate(going):
+        odds, errors = zip(*judged[i * n : (i + 1) * n], strict=True)
+        case.error = next(filter(None, errors), "")
         if case.error or None in odds:
             case.lost = "" if case.error else NOT_DECIDED
             continue
-        case.turns_uncalibrated = odds[0] * odds[1] > 0
-        liking = sum(odds[2:]) / 2 if odds[2:] else 0.0
-        case.toward = tuple((1 + math.tanh(x / 2)) / 2 for x in (liking - odds[0], odds[1] - liking))
-        if min(abs(x - 0.5) for x in case.toward) < UNDECIDED:
+        liking, case.turns_uncalibrated = sum(odds[2:]) / 2, odds[0] * odds[1] > 0
+        second, first = ((1 + math.tanh(x / 2)) / 2 for x in (liking - odds[0], odds[1] - liking))
+        if min(abs(second - 0.5), abs(first - 0.5)) < UNDECIDED:
             case.lost = NOT_DECIDED
-        elif (case.toward[0] > 0.5) != (case.toward[1] > 0.5):
+        elif (second > 0.5) != (first > 0.5):
             case.lost = JUDGEMENT_TURNS
+        case.toward = (second, first)
 
 
 def pair(case: Case) -> dict[str, Any]:
-    """The pair of a judged case. The answers go on where the prompt ends, with a space where it has none, as the
-    rows of the data set do: the reader of preference files takes texts that do not join for questions."""
-    prompt, toward = case.row["prompt"], sum(case.toward) / 2
-    sides = [("" if prompt[-1:].isspace() else " ") + text for text in (case.revision, case.answer)]
-    chosen, rejected = sides if toward > 0.5 else sides[::-1]
-    name = hashlib.blake2b("\x1f".join([prompt, chosen, rejected]).encode(), digest_size=10).hexdigest()
-    about = [*map(case.row.get, ("item", "language")), "train", case.principle.name, max(toward, 1 - toward)]
-    return dict(zip(PAIR.names, [name, prompt, chosen, rejected, *about], strict=True))
+    """The pair of a judged case; the answers go on where the prompt ends, with a space where it has none."""
+    toward, space = sum(case.toward) / 2, "" if case.prompt[-1:].isspace() else " "
+    better, worse = (case.revision, case.answer) if toward > 0.5 else (case.answer, case.revision)
+    texts = (case.prompt, space + better, space + worse, "train", case.principle.name)
+    return dict(zip(PAIR.names, (*texts, max(toward, 1 - toward)), strict=True))
 
 
 def judgement(case: Case) -> dict[str, Any]:
     """All that became of a case, as a row."""
-    second, first = case.toward or (None, None)
-    better = "revision" if case.toward and second + first > 1 else "first answer"
-    return {
-        "prompt": case.row["prompt"],
-        "principle": case.principle.name,
-        **{k: getattr(case, k) for k in ("answer", "critique", "revision")},
-        "revision_better_when_second": second,
-        "revision_better_when_first": first,
-        "verdict": case.error or case.lost or f"{better} is better",
-    }
+    better = "revision" if sum(case.toward) > 1 else "first answer"
+    verdict = case.error or case.lost or f"{better} is better"
+    texts = {role: getattr(case, role) for role in ("prompt", "answer", "critique", "revision")}
+    return {**texts, "principle": case.principle.name, "toward": list(case.toward), "verdict": verdict}
 
 
 def metrics(found: Sequence[Case], asked: Any) -> dict[str, Any]:
-    """How judgements split, and what was asked; tokens only where they are known."""
-    judged = [c for c in found if c.toward]
-    share = lambda n: round(n / max(len(judged), 1), 4)  # noqa: E731
+    """Shares of judgements that turn with the order, with and without the liking of a letter; calls by role."""
+    judged = max(sum(bool(case.toward) for case in found), 1)
+    turned = sum(case.lost == JUDGEMENT_TURNS for case in found)
     return {
-        "judged": len(judged),
-        "revision_chosen": sum(c.alive and sum(c.toward) > 1 for c in judged),
-        "order_dependent_share": share(sum(c.lost == JUDGEMENT_TURNS for c in judged)),
-        "order_dependent_share_uncalibrated": share(sum(c.turns_uncalibrated for c in judged)),
-        "calls": dict(Counter(c.role for c in asked.calls)),
-        "call_errors": dict(Counter(c.error for c in asked.calls if c.error)),
-        **{k: sum(getattr(c, k) or 0 for c in asked.calls) for k in TOTALS},
+        "order_dependent_share": round(turned / judged, 4),
+        "order_dependent_share_uncalibrated": round(sum(c.turns_uncalibrated for c in found) / judged, 4),
+        "calls": dict(Counter(call.role for call in asked.calls)),
         "what_ran": asked.what_ran,
     }

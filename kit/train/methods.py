@@ -95,13 +95,20 @@ def begin(model: torch.nn.Module, ids: Sequence[int]) -> None:
     loss of 8.0 instead of 4.9 after six). Other methods begin as their papers say.
     """
     config = model.active_peft_config if isinstance(model, PeftModel) else None
-    if config is None or config.peft_type not in (PeftType.PROMPT_TUNING, PeftType.PREFIX_TUNING):
+    if config is None or not config.is_prompt_learning:
         return
     repeated = [ids[i % len(ids)] for i in range(config.num_virtual_tokens)]
     tokens = torch.tensor([repeated], device=model.device)
-    if config.peft_type == PeftType.PROMPT_TUNING:
+    if config.peft_type != PeftType.PREFIX_TUNING:
         embedded = model.get_base_model().get_input_embeddings()(tokens)[0]
-        model.prompt_encoder[model.active_adapter].embedding.weight.copy_(embedded)
+        encoder = model.prompt_encoder[model.active_adapter]
+        if config.peft_type == PeftType.PROMPT_TUNING:
+            encoder.embedding.weight.copy_(embedded)
+        else:  # out of a network, whose last layer is solved to give them
+            *body, last = encoder.mlp_head
+            inner = torch.nn.Sequential(*body)(encoder.embedding.weight)
+            last.bias.copy_(embedded.mean(dim=0))
+            last.weight.copy_(torch.linalg.lstsq(inner, embedded.float() - last.bias).solution.T)
         return
     with model.disable_adapter():
         past = model.eval()(input_ids=tokens, use_cache=True).past_key_values

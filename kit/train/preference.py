@@ -32,7 +32,7 @@ TOLERANCE = 1e-3
 """Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
 SHARE_OF_SFT_RATE = 0.2
 """A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""
-EVALUATED = 16
+EVALUATED = 8
 """Held-out pairs that score the aligned model, at most."""
 
 
@@ -147,7 +147,7 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
             rounds.clear(), models.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
             sweep.append(
-                _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, held, Path(temp, beta))[1])
+                _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1])
             )
         reference = OBJECTIVES[p.preference_loss].first_loss is not None
         extra = ran["forward_flops"] if reference else 0
@@ -218,7 +218,7 @@ def _saved(p: AlignDpo, trainer: Any, folder: Path) -> Path:
 def _moved(beta: float, ran: Mapping[str, Any]) -> dict[str, Any]:
     """How far a training with `beta` went: rewards are β times a log-ratio, so divided by β they compare."""
     nats = {k: [v / beta for v in ran[k]] for k in ("margins", "chosen", "rejected") if k in ran}
-    return {"beta": beta, "losses": ran["losses"], **nats, "heldout": ran.get("heldout", {})}
+    return {"beta": beta, "losses": ran["losses"], **nats}
 
 
 def logged(trainer: Any) -> dict[str, list[float]]:

@@ -26,13 +26,13 @@ from kit.params import RewardAndPolicy, Training
 from kit.train import models
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, run, steps_table
-from kit.train.methods import adapter_config, base_quantization
+from kit.train.methods import METHODS, adapter_config, base_quantization
+from kit.train.plan import require_fit
 from kit.train.preference import usable
+from kit.train.trust import calibration, hacking, repetition, wilson
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
 ANSWERS = 2  # to each held-out prompt, before and after
-LIMITS = {"length": (0.2, "×"), "repetition": (0.05, "+"), "cut": (0.2, "+"), "perplexity": (0.1, "×")}
-"""Rises beside a risen reward that count as hacking, relative (×) or in points (+): the kit's own choice."""
 
 
 class Sampled(Metered):
@@ -47,23 +47,31 @@ class Sampled(Metered):
         return {**batch, "attention_mask": torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)}
 
 
-RewardModelTrainer = type("RewardModelTrainer", (Metered, RewardTrainer), {})
-# reward against the group's mean (Shao et al. 2024), or the others' (Ahmadian et al. 2024)
-OBJECTIVES = {"grpo": (type("GroupTrainer", (Sampled, GRPOTrainer), {}), GRPOConfig),
-              "rloo": (type("LeaveOneOutTrainer", (Sampled, RLOOTrainer), {}), RLOOConfig)}  # fmt: skip
+class RewardModelTrainer(Metered, RewardTrainer):
+    """TRL's trainer for rewards, metered."""
+
+
+class GroupTrainer(Sampled, GRPOTrainer):
+    """An answer's reward against the mean of its group (Shao et al. 2024), metered."""
+
+
+class LeaveOneOutTrainer(Sampled, RLOOTrainer):
+    """An answer's reward against the mean of the others (Ahmadian et al. 2024), metered."""
+
+
+OBJECTIVES = {"grpo": (GroupTrainer, GRPOConfig), "rloo": (LeaveOneOutTrainer, RLOOConfig)}
 
 
 def untrained(p: Training, pad: int, kind: str) -> PreTrainedModel:
     """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, nothing drawn by lot."""
-    base = models.load_model(p.base_model, dtype=p.dtype, quantization=kind, trust_remote_code=p.trust_remote_code)  # fmt: skip
+    options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
+    base = models.load_model(p.base_model, quantization=kind, **options)
     base.config.num_labels, base.config.pad_token_id = 1, pad  # the last token that is no padding is read
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(base.config)
     setattr(model, model.base_model_prefix, base.base_model)
-    model.score = torch.nn.Linear(
-        model.score.in_features, 1, bias=False, device=base.device
-    )  # float32, see `widen_trained`
-    model.score.register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=base.device)
+    model.score.register_forward_pre_hook(lambda _, args: (args[0].float(),))  # its type, see `widen_trained`
     torch.nn.init.zeros_(model.score.weight)
     vars(model).update({k: v for k, v in vars(base).items() if "quantiz" in k or "loaded_in" in k})
     return model
@@ -73,12 +81,7 @@ class Judge:
     """A reward model and its tokenizer; TRL calls it with answers, and it remembers them."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any) -> None:
-        self.model, self.tokenizer, self.told = (
-            model.eval(),
-            tokenizer,
-            bool,
-        )  # told: a progress bar, or nobody
-        self.__name__, self.seen = "reward_model", []
+        self.model, self.tokenizer, self.__name__, self.seen = model.eval(), tokenizer, "reward_model", []
 
     @torch.no_grad()
     def rewards(self, texts: Sequence[Sequence[int]]) -> list[float]:
@@ -93,7 +96,6 @@ class Judge:
         for q, text, raw, a, r in zip(prompts, completions, completion_ids, ids, found):
             seen = {"prompt": q, "answer": text, "reward": r, "length": len(a), "repetition": repetition(a)}
             self.seen.append({**seen, "cut": float(self.tokenizer.eos_token_id not in raw)})
-        self.told(len(found))
         kw["log_metric"]("repetition", fmean(repetition(a) for a in ids))
         return found
 
@@ -125,55 +127,35 @@ def train_reward(p: RewardAndPolicy, tokenizer: Any, pairs: Rows, folder: Path) 
     """The trainer, and the metrics, of a reward model fitted to `pairs`; `folder` is for its log."""
     config, model = adapter_config(p), untrained(p, tokenizer.pad_token_id, base_quantization(p))
     config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
-    args = RewardConfig(max_steps=p.reward_steps, per_device_train_batch_size=p.reward_batch_size,
-                        center_rewards_coefficient=0.01,  # pairs leave the mean open (Eisenstein et al. 2023)
-                        learning_rate=p.reward_learning_rate, **common(p, model, folder) | {"max_length": p.reward_tokens})  # fmt: skip
-    rows = Dataset.from_list(pairs.rows)
+    # the second: pairs leave the mean open (Eisenstein et al. 2023)
+    shared = common(p, model, folder) | {"max_length": p.reward_tokens, "center_rewards_coefficient": 0.01}
+    sizes = {"max_steps": p.reward_steps, "per_device_train_batch_size": p.reward_batch_size}
+    args = RewardConfig(learning_rate=p.reward_learning_rate, **sizes, **shared)
+    given = {"processing_class": tokenizer, "peft_config": config}
     with quiet():
-        made = RewardModelTrainer(model, args, train_dataset=rows, processing_class=tokenizer, peft_config=config)  # fmt: skip
+        made = RewardModelTrainer(model, args, train_dataset=Dataset.from_list(pairs.rows), **given)
     models.widen_trained(made.model)
     return made, run(made, "reward model")
 
 
 def judged(judge: Judge, held: Rows) -> dict[str, Any]:
     """How good a reward model is on pairs it never saw; lengths are those of the whole texts, in characters."""
-    found, lengths = [], [pair["lengths"] for pair in held.rows]
-    with show.progress(len(held.rows), "held-out pairs", "pairs") as bar:
-        for pair in held.rows:
-            found.append(judge.rewards([pair["chosen_ids"], pair["rejected_ids"]]))
+    sides = [(tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])) for pair in held.rows]
+    known = {text: 0.0 for pair in sides for text in pair}  # pairs share texts: each is read once
+    with show.progress(len(known), "held-out texts", "texts") as bar:
+        for text in known:
+            known[text] = judge.rewards([text])[0]
             bar.update()
+    found, lengths = [[known[t] for t in pair] for pair in sides], [pair["lengths"] for pair in held.rows]
     margins, varied = [chosen - rejected for chosen, rejected in found], np.std(found) * np.std(lengths)
     return {
         "pairs": len(margins),
+        "texts": len(known),
         "accuracy": fmean(m > 0 for m in margins),
         "interval": wilson(sum(m > 0 for m in margins), len(margins)),
         "longer_wins": fmean(chosen > rejected for chosen, rejected in lengths),
         "length_correlation": float(np.corrcoef(np.ravel(found), np.ravel(lengths))[0, 1]) if varied else 0.0,
         **calibration(margins),
-    }
-
-
-def wilson(right: float, of: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), which stays within 0 and 1 for few trials too."""
-    scale, middle = of + z * z, (right + z * z / 2) / (of + z * z)
-    half = z * (right * (of - right) / of + z * z / 4) ** 0.5 / scale
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def calibration(margins: Sequence[float], bins: int = 4) -> dict[str, Any]:
-    """Whether P = sigmoid(r_chosen - r_rejected) comes true: reliability bins, ECE and Brier score.
-
-    A pair can be asked either way round, so each counts from the side the model takes, P ≥ 1/2. Bins hold equally many
-    pairs. ECE: mean |said - came true| over pairs (Naeini et al. 2015); Brier: mean (1 - P)², 1/4 for always 1/2.
-    """
-    p = 1 / (1 + np.exp(-np.asarray(margins, dtype=float)))
-    sure, right = np.maximum(p, 1 - p), (p > 0.5) + (p == 0.5) / 2
-    parts = [i for i in np.array_split(np.argsort(sure, kind="stable"), bins) if len(i)]
-    made = [(float(sure[i].mean()), float(right[i].mean()), len(i)) for i in parts]
-    return {
-        "bins": [{"said": s, "came_true": c, "interval": wilson(c * n, n), "pairs": n} for s, c, n in made],
-        "ece": sum(n * abs(s - c) for s, c, n in made) / len(p),
-        "brier": float(((1 - p) ** 2).mean()),
     }
 
 
@@ -191,42 +173,32 @@ def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy,
 def build_policy(p: RewardAndPolicy, model: Any, judge: Judge, asked: Sequence[Dataset], folder: Path) -> Any:
     """The TRL trainer for `p`; `model` becomes policy and, with its new adapter off, reference."""
     trainer, config = OBJECTIVES[p.policy_objective]
-    args = config(max_steps=p.policy_steps, per_device_train_batch_size=p.policy_prompts * p.policy_generations,
-                  num_generations=p.policy_generations, num_iterations=p.policy_iterations, disable_dropout=True,
-                  num_generations_eval=ANSWERS, per_device_eval_batch_size=4 * ANSWERS, epsilon=p.policy_clip,
-                  max_completion_length=p.policy_tokens, learning_rate=p.policy_learning_rate,
-                  beta=p.policy_kl_beta, **{k: v for k, v in common(p, model, folder).items() if k != "max_length"})  # fmt: skip
+    shared = {k: v for k, v in common(p, model, folder).items() if k != "max_length"}
+    sizes = {"per_device_train_batch_size": p.policy_prompts * p.policy_generations}
+    sizes |= {"per_device_eval_batch_size": 10 * ANSWERS, "num_generations_eval": ANSWERS}
+    sizes |= {"num_generations": p.policy_generations, "max_completion_length": p.policy_tokens}
+    rates = {"learning_rate": p.policy_learning_rate, "beta": p.policy_kl_beta, "epsilon": p.policy_clip}
+    sizes |= {"max_steps": p.policy_steps, "num_iterations": p.policy_iterations}
+    args = config(disable_dropout=True, **sizes, **rates, **shared)
+    given = {"processing_class": judge.tokenizer, "peft_config": adapter_config(p)}
     with quiet():
-        made = trainer(model, judge, args, train_dataset=asked[0], eval_dataset=asked[1],
-                       processing_class=judge.tokenizer, peft_config=adapter_config(p))  # fmt: skip
+        made = trainer(model, judge, args, train_dataset=asked[0], eval_dataset=asked[1], **given)
     models.widen_trained(made.model)
     return made
 
 
 def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tuple[dict[str, float], list]:
     """Means over `ANSWERS` to each held-out prompt, drawn with the same seed every time; and the answers."""
-    judge.seen, total = [], len(trainer.eval_dataset) * ANSWERS
+    judge.seen, batches = [], trainer.get_eval_dataloader()
     torch.manual_seed(seed)
-    with quiet(), show.progress(total, "held-out answers", "answers") as bar:
-        judge.told = bar.update
-        trainer.evaluate()
-    judge.told = bool
+    trainer.model.eval()
+    with quiet(), torch.no_grad(), show.progress(len(batches), "held-out answers", "batches") as bar:
+        for batch in batches:
+            trainer._prepare_inputs(batch)  # writes answers and has them judged
+            bar.update()
     means = {k: fmean(s[k] for s in judge.seen) for k in ("reward", "length", "repetition", "cut")}
     means["perplexity"] = perplexity(trainer.model, judge.tokenizer, held.rows)[0]
     return means, [{"when": when} | s for s in judge.seen]
-
-
-def repetition(tokens: Sequence[int], n: int = 3) -> float:
-    """Share of n-grams that were there before in the same text; 0 for a text too short to repeat itself."""
-    grams = list(zip(*(tokens[i:] for i in range(n))))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def hacking(before: Mapping[str, float], after: Mapping[str, float], limits: Mapping = LIMITS) -> list[str]:
-    """Why a risen reward looks hacked: what rose with it beyond `limits`; empty where the reward did not rise."""
-    over = {k: limit * (before[k] if kind == "×" else 1) for k, (limit, kind) in limits.items()}
-    rose = after["reward"] > before["reward"]
-    return [f"{k} {before[k]:.3g} → {after[k]:.3g}" for k in over if rose and after[k] - before[k] > over[k]]
 
 
 def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
@@ -238,19 +210,24 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     models.set_threads(p.threads)
     if not isinstance(adapter_config(p), LoraConfig):
         raise models.ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
+    kind = base_quantization(p)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
         data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
+        if not METHODS[below := tuned.params["method"]].merges:
+            raise models.ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
         found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
         tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         pairs = prepare_pairs(found, tokenizer, p.reward_tokens, "train")
         unseen = prepare_pairs(found, tokenizer, p.reward_tokens, "heldout", p.reward_eval_pairs)
-        asked = [prepare_prompts(r, tokenizer, p, n) for r, n in zip(rows, (p.policy_prompts * p.gradient_accumulation, 1))]  # fmt: skip
+        least = (p.policy_prompts * p.gradient_accumulation, 1)
+        asked = [prepare_prompts(r, tokenizer, p, n) for r, n in zip(rows, least)]
         held = prepare(rows[1][: p.eval_rows], tokenizer, p.max_tokens)
+        require_fit(p, rows_tokens=[p.reward_tokens], quantization=kind)
         fitted, learned = train_reward(p, tokenizer, pairs, Path(temp, "r"))
-        judge, kind = Judge(fitted.model, tokenizer), base_quantization(p)
+        judge = Judge(fitted.model, tokenizer)
         learned |= judged(judge, unseen)
-        model = models.load_model(p.base_model, dtype=p.dtype, adapters=[lake.local_folder(tuned, "model")],
-                                  quantization=kind, trust_remote_code=p.trust_remote_code)  # fmt: skip
+        options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code, "quantization": kind}
+        model = models.load_model(p.base_model, adapters=[lake.local_folder(tuned, "model")], **options)
         trainer = build_policy(p, model, judge, asked, Path(temp, "p"))
         before, first = measure(trainer, judge, held, p.seed, "before")
         ran = run(trainer, f"policy {p.policy_objective}")
@@ -262,9 +239,12 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
             out.folder(name, models.save_adapter(made.model, Path(temp, name), p.base_model, kind))
             out.table(f"{name}_steps", steps_table(made), measured=True)
         out.table("answers", pa.Table.from_pylist(first + last))
-        flat, why = sum(s.get("frac_reward_zero_std") == 1 for s in steps), hacking(before, after)
-        print(f"reward hacking: {', '.join(why) or 'no sign'}; all rewards equal in {flat} of {len(steps)} steps")  # fmt: skip
-        said = ran["flops_convention"] + "; sampling, reference and reward model not counted"
-        ran |= {"flat_steps": flat, "reference": "the tuned model, new adapter off", "flops_convention": said}
-        found = {"reward_model": learned, "policy": ran, "before": before, "after": after, "hacked": why}
-        return out.commit(pairs.counts(p.reward_steps, p.reward_batch_size * p.gradient_accumulation, "reward_steps"), found)  # fmt: skip
+        reference = "the tuned model, new adapter off" if p.policy_kl_beta else "none, policy_kl_beta is 0"
+        flat, hacked = sum(s.get("frac_reward_zero_std") == 1 for s in steps), hacking(before, after)
+        ran["what_ran"] |= {"reference": reference, "objective": p.policy_objective}
+        ran["flops_convention"] += "; sampling, reference and reward model not counted"
+        print(f"reference: {reference}; reward hacking: {', '.join(hacked) or 'no sign'}")
+        print(f"all rewards equal in {flat} of {len(steps)} steps")
+        metrics = {"reward_model": learned, "policy": ran | {"flat_steps": flat}, "hacked": hacked}
+        counts = pairs.counts(p.reward_steps, p.reward_batch_size * p.gradient_accumulation, "reward_steps")
+        return out.commit(counts, metrics | {"before": before, "after": after})
