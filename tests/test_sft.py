@@ -276,7 +276,7 @@ def test_eight_bit_adam_learns(tmp_path):
 def test_packed_rows_hold_whole_documents_and_no_padding(tmp_path):
     rows = [review(i, f" {TEXT[i % 3]}"[: 12 + 5 * i]) for i in range(9)]
     lake = make_lake(tmp_path, train=rows)
-    m = finetune(sft_params(lake, packing=True, max_tokens=64, sft_steps=2), lake).metrics
+    m = finetune(sft_params(lake, packing=True, max_tokens=64, sft_steps=2, sft_batch_size=1), lake).metrics
     assert m["padding_share"] == 0
     assert 0 < m["packed_rows"] < 9
     assert "kept apart" in m["what_ran"]["packing"]

@@ -20,7 +20,7 @@ BATCH, BEGUN, TOO_LONG = 8, "The better one is Text", "longer than the model rea
 
 @dataclass
 class Call:
-    """One request and what became of it: seconds of a batch are shared, tokens None if untold, odds as log."""
+    """One request and what became of it: seconds are a batch's share, tokens None if untold, log-odds."""
 
     role: str
     model: str
@@ -35,7 +35,7 @@ class Call:
 
 
 class InProcess:
-    """A model loaded here, and the log of what it was asked; the same seed and threads give the same replies."""
+    """A model loaded here and its log of requests; the same seed and threads give the same replies."""
 
     gives_odds = True  # so a liking of a letter can be measured, and taken off
 
@@ -59,7 +59,7 @@ class InProcess:
         begun, letters = [], []
         for chat in chats:
             a, b = (self._ids(chat, f"{BEGUN} {letter}") for letter in "AB")
-            # tokenizers differ in what they join to a letter: compared is the first token by which the two differ
+            # tokenizers differ in what they join to a letter: compared is the first token that differs
             at = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
             begun.append(a[:at])
             letters.append([a[at], b[at]])

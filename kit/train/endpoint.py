@@ -1,4 +1,4 @@
-"""Questions to an OpenAI-compatible endpoint, by the package openai: its retries, its timeouts, its errors."""
+"""Questions to an OpenAI-compatible endpoint, by the package openai: its retries, timeouts and errors."""
 
 import json
 import math
@@ -20,7 +20,7 @@ ONLY = "Answer with one letter, A or B."
 
 
 class Endpoint:
-    """A model behind a URL and the log of what it was asked; `ModelError` for settings that cannot be right."""
+    """A model behind a URL and its log of requests; `ModelError` for settings that cannot be right."""
 
     gives_odds = False
     length = staticmethod(lambda text: len(text.encode()) // 4)  # about so many bytes make a token
@@ -75,7 +75,7 @@ class Endpoint:
         return {"A": math.inf, "B": -math.inf}[named.pop()] if len(named) == 1 else None, error
 
     def chat(self, role: str, turns: list[Turn], tokens: int, temperature: float) -> tuple[str, str]:
-        """(reply, "") or ("", error in a few words); raises `ModelError` where no later request can do better."""
+        """(reply, "") or ("", error in a few words); `ModelError` where no later request can do better."""
         call = Call(role, self.model, json.dumps(turns, ensure_ascii=False))
         self.calls.append(call)
         started, create = time.perf_counter(), self.client.chat.completions.with_raw_response.create

@@ -1,9 +1,9 @@
 """72: principles → critique → revision → preference pairs, by the model in this process or an endpoint.
 
-A principle asks for the critique of a first answer, for a revision, and which of the two is better (Bai et al.
-2022, Constitutional AI, arXiv:2212.08073, 3.1 and 4.1). Judges like a position more than a text (Wang et al. 2023,
-arXiv:2305.17926): both orders are judged, and where they contradict there is no pair. A model in this process judges
-by the log-odds of A and B, less those of one text beside itself (after Zhao et al. 2021, Calibrate Before Use).
+A principle asks for the critique of a first answer, for a revision, and which is better (Bai et al. 2022,
+Constitutional AI, arXiv:2212.08073). Judges like a position more than a text (Wang et al. 2023,
+arXiv:2305.17926): both orders are judged, and where they contradict there is no pair. A model in this process
+judges by log-odds of A and B, less those of equal texts (after Zhao et al. 2021, Calibrate Before Use).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Principle(BaseModel):
 
 @dataclass
 class Case:
-    """One prompt under one principle, on its way; `toward`: probabilities that the revision is better, by order."""
+    """One prompt under one principle; `toward`: probabilities that the revision is better, by order."""
 
     prompt: str
     principle: Principle
@@ -68,7 +68,7 @@ class Case:
         return [{"role": ("user", "assistant")[i % 2], "content": said[i]} for i in range(said.index(""))]
 
     def choice(self, a: str, b: str) -> list[Turn]:
-        """The judge's question; a text to go on with is left out: 135M parameters judge by it, not by the texts."""
+        """The judge's question, without a text to go on with: a small model judges by that alone."""
         request = f"Request: {question(self.prompt)}\n\n" if SECTION.match(self.prompt) else ""
         asked = f"{request}Text A: {a}\n\nText B: {b}\n\n{self.principle.judge}"
         return [{"role": "user", "content": asked}]
@@ -96,8 +96,8 @@ def question(prompt: str) -> str:
 def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
     """Commit tables `preferences` (what 70 reads), `judgements` (every case) and `calls` (every request).
 
-    Counts: prompts in, further cases created; out the pairs. Raises `ParamError` for the principles, `ModelError` for
-    an endpoint that cannot be used and rows without prompts. An endpoint may reply otherwise in every run.
+    Counts: prompts in, further cases created; out the pairs. An endpoint may reply otherwise in every run.
+    Raises `ParamError` for the principles, `ModelError` for an endpoint or rows that cannot be used.
     """
     with lake.stage(p) as out:
         rows = lake.table(out.read("50_build_datasets"), "train").to_pylist()
@@ -131,7 +131,7 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
 
 
 def cases(rows: list[dict], principles: list[Principle], each: int, p: ConstitutionalFeedback) -> list[Case]:
-    """`each` cases for each of the first `feedback_prompts` prompts; principles go round in a shuffled order."""
+    """`each` cases for each of the first `feedback_prompts` prompts; principles take turns, shuffled."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if (row["prompt"] or "").strip()))
     if not prompts:
         raise models.ModelError("no train row of 50_build_datasets has a prompt: there is nothing to answer")
@@ -145,7 +145,7 @@ def _going(found: Sequence[Case]) -> list[Case]:
 
 
 def _say(asked: Any, role: str, found: Sequence[Case], tokens: int, temperature: float, bar: Any) -> None:
-    """Ask for the next text of each case still on its way, less the prompt said again and a sentence cut short."""
+    """Ask for each case's next text; the prompt said again and a sentence cut short are left out."""
     going = _going(found)
     replies = asked.ask(role, [case.chat() for case in going], tokens, temperature, bar)
     for case, (reply, error) in zip(going, replies, strict=True):
@@ -168,7 +168,7 @@ def _drop(asked: Any, found: Sequence[Case], max_tokens: int) -> None:
 
 
 def _judge(asked: Any, found: Sequence[Case], bar: Any) -> None:
-    """Judge each pair in both orders, and each text beside itself where a liking of a letter can be taken off."""
+    """Judge pairs in both orders, and texts beside themselves where a liking of a letter can be taken off."""
     going, n = _going(found), 4 if asked.gives_odds else 2
     texts = [(case, case.answer, case.revision) for case in going]
     chats = [case.choice(*x) for case, a, b in texts for x in [(a, b), (b, a), (a, a), (b, b)][:n]]
@@ -205,7 +205,7 @@ def judgement(case: Case) -> dict[str, Any]:
 
 
 def metrics(found: Sequence[Case], asked: Any) -> dict[str, Any]:
-    """Shares of judgements that turn with the order, with and without the liking of a letter; calls by role."""
+    """Shares of judgements that turn with the order, with a liking of letters and without; calls by role."""
     judged = max(sum(bool(case.toward) for case in found), 1)
     turned = sum(case.lost == JUDGEMENT_TURNS for case in found)
     return {

@@ -106,9 +106,11 @@ def begin(model: torch.nn.Module, ids: Sequence[int]) -> None:
             encoder.embedding.weight.copy_(embedded)
         else:  # out of a network, whose last layer is solved to give them
             *body, last = encoder.mlp_head
-            inner = torch.nn.Sequential(*body)(encoder.embedding.weight)
+            inner = torch.nn.Sequential(*body)(encoder.embedding.weight).double()
             last.bias.copy_(embedded.mean(dim=0))
-            last.weight.copy_(torch.linalg.lstsq(inner, embedded.float() - last.bias).solution.T)
+            wanted = embedded.double() - last.bias.double()
+            # least norm, in float64: LAPACK's last bits differ from run to run
+            last.weight.copy_((inner.T @ torch.linalg.solve(inner @ inner.T, wanted)).T)
         return
     with model.disable_adapter():
         past = model.eval()(input_ids=tokens, use_cache=True).past_key_values

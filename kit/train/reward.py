@@ -1,7 +1,8 @@
 """71: comparisons → a model that gives a text one number, its reward → a policy that writes for that number.
 
-Only differences mean something: P(a better than b) = sigmoid(r_a - r_b) (Bradley and Terry 1952; Ouyang et al. 2022).
-A model may be right by counting where the better text is the longer one: so it reads equally many tokens of either.
+Only differences mean something: P(a better than b) = sigmoid(r_a - r_b) (Bradley and Terry 1952; Ouyang et
+al. 2022). Where the better text is the longer one, a model may be right by counting: so it reads equally many
+tokens of either.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ OBJECTIVES = {"grpo": (GroupTrainer, GRPOConfig), "rloo": (LeaveOneOutTrainer, R
 
 
 def untrained(p: Training, pad: int, kind: str) -> PreTrainedModel:
-    """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, nothing drawn by lot."""
+    """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, no chance."""
     options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
     base = models.load_model(p.base_model, quantization=kind, **options)
     base.config.num_labels, base.config.pad_token_id = 1, pad  # the last token that is no padding is read
@@ -109,7 +110,7 @@ def load_reward(p: Training, folder: str | Path) -> Judge:
 
 def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
     """Usable pairs as `chosen_ids` and `rejected_ids`, at most `tokens` long; raises `ModelError`."""
-    # cut here, without end token: TRL drops longer pairs unseen, trains with that token and judges answers without it
+    # cut here, without end token: TRL drops longer pairs, trains with that token, judges answers without it
     pairs = usable(found, tokenizer, tokens, split)
     pairs.rows = pairs.rows[:most]
     for row in pairs.rows:
@@ -139,7 +140,7 @@ def train_reward(p: RewardAndPolicy, tokenizer: Any, pairs: Rows, folder: Path) 
 
 
 def judged(judge: Judge, held: Rows) -> dict[str, Any]:
-    """How good a reward model is on pairs it never saw; lengths are those of the whole texts, in characters."""
+    """How good a reward model is on unseen pairs; lengths are those of the whole texts, in characters."""
     sides = [(tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])) for pair in held.rows]
     known = {text: 0.0 for pair in sides for text in pair}  # pairs share texts: each is read once
     with show.progress(len(known), "held-out texts", "texts") as bar:
@@ -160,7 +161,7 @@ def judged(judge: Judge, held: Rows) -> dict[str, Any]:
 
 
 def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy, least: int) -> Dataset:
-    """The distinct prompts that leave room for an answer in what the reward model reads; raises `ModelError`."""
+    """Distinct prompts that leave room for an answer in what the reward model reads; raises `ModelError`."""
     room = p.reward_tokens - p.policy_tokens
     asked = dict.fromkeys(r["prompt"] for r in rows if (r["prompt"] or "").strip())
     kept = [{"prompt": q} for q in asked if len(tokenizer(q)["input_ids"]) <= room]
@@ -204,8 +205,9 @@ def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tup
 def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     """Train a reward model on the pairs of 50, and the model of 60 against it; commit `reward/` and `model/`.
 
-    The policy's adapter goes on top of 60's. Every step's reward, KL, clipped share, length, repetition: tables `*_steps`.
-    Counts: train pairs in; out those trained on. Raises `ModelError` for what it cannot do, and a first KL that is not 0.
+    The policy's adapter goes on top of 60's. Every step's reward, KL, clipped share, length, repetition:
+    tables `*_steps`. Counts: train pairs in; out those trained on. Raises `ModelError` for what it cannot
+    do, and a first KL that is not 0.
     """
     models.set_threads(p.threads)
     if not isinstance(adapter_config(p), LoraConfig):

@@ -1,4 +1,4 @@
-"""Can a reward be trusted: does it come true on pairs that were never seen, and what rose with it in the policy?"""
+"""Can a reward be trusted: does it come true on unseen pairs, and what rose with it in the policy?"""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ def wilson(right: float, of: int, z: float = 1.96) -> tuple[float, float]:
 def calibration(margins: Sequence[float], bins: int = 4) -> dict[str, Any]:
     """Whether P = sigmoid(r_chosen - r_rejected) comes true: reliability bins, ECE and Brier score.
 
-    A pair can be asked either way round, so each counts from the side the model takes, P ≥ 1/2. Bins hold equally many
-    pairs. ECE: mean |said - came true| over pairs (Naeini et al. 2015); Brier: mean (1 - P)², 1/4 for always 1/2.
+    A pair can be asked either way round, so each counts from the side the model takes, P ≥ 1/2. Bins hold
+    equally many pairs. ECE: mean |said - came true| over pairs (Naeini et al. 2015); Brier: mean (1 - P)²,
+    1/4 for always 1/2.
     """
     p = 1 / (1 + np.exp(-np.asarray(margins, dtype=float)))
     sure, right = np.maximum(p, 1 - p), (p > 0.5) + (p == 0.5) / 2
@@ -50,7 +51,7 @@ def repetition(tokens: Sequence[int], n: int = 3) -> float:
 
 
 def hacking(before: Mapping[str, float], after: Mapping[str, float], limits: Mapping = LIMITS) -> list[str]:
-    """Why a risen reward looks hacked: what rose with it beyond `limits`; empty where the reward did not rise."""
+    """Why a risen reward looks hacked: what rose with it beyond `limits`; empty where it did not rise."""
     over = {k: limit * (before[k] if kind == "×" else 1) for k, (limit, kind) in limits.items()}
     rose = after["reward"] > before["reward"]
     return [f"{k} {before[k]:.3g} → {after[k]:.3g}" for k in over if rose and after[k] - before[k] > over[k]]
