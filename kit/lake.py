@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kit import ROOT, KitError, resolve
-from kit.params import NOTEBOOKS, ParamError, Stage
+from kit.params import NOTEBOOKS, SIDE_TRIPS, ParamError, Stage
 
 SCHEMA_VERSION = 1
 MANIFEST = "_manifest.json"
@@ -173,10 +173,10 @@ class Lake:
         """The committed manifest; raises `MissingInput` that says how to make it."""
         found = self.manifest(run, stage)
         if found is None:
-            number = stage[:2]
+            how = f"--{'only' if stage in SIDE_TRIPS else 'until'} {stage[:2]}"
             raise MissingInput(
                 f"{stage} has no result for run '{run}' in {self.uri}: "
-                f"run 'kit run RECIPE --until {number}' or its notebook first"
+                f"run 'kit run RECIPE {how}' or its notebook first"
             )
         return found
 

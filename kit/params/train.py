@@ -140,7 +140,9 @@ class AlignDpo(Tuning):
     dpo_learning_rate: float = Field(
         0.0, description="peak learning rate, 0 = a fifth of the method's own", ge=0
     )
-    sweep_betas: Strings = Field(["1.0"], description="other values of dpo_beta to train beside it, for a figure")
+    sweep_betas: Strings = Field(
+        ["1.0"], description="other values of dpo_beta to train beside it, for a figure"
+    )
 
 
 class RewardAndPolicy(Tuning):
