@@ -62,7 +62,7 @@ def distill(p: Distill, lake: Lake) -> Manifest:
                 runs[name] = run(trainer, f"distill {name}")
                 steps += [{"student": name, **row} for row in steps_table(trainer).to_pylist()]
             # what is judged is what is kept: weights as they lie on the disk
-            rows.append({"model": name, **judged(model.to(teacher.dtype), teacher, judge)})
+            rows.append({"model": name, **judged(models.cast(model, teacher.dtype), teacher, judge)})
             if name in WAYS and rows[-1]["loss"] == min(r["loss"] for r in rows[2:]):
                 best = name
                 models.save_adapter(model, Path(temp, "model"), p.student or p.base_model)

@@ -71,10 +71,7 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
                 raise ModelError(
                     f"the merge changes the logits by {drift:.2g} (limit {LIMIT[kind]}, base in {kind})"
                 )
-            # weights only, as in a load: RoPE's frequencies, a buffer, would be other positions in bfloat16
-            for weight in model.parameters():
-                weight.data = weight.data.to(getattr(torch, p.export_dtype))
-            probe.look("cast", model)
+            probe.look("cast", models.cast(model, getattr(torch, p.export_dtype)))
             with explained("the merged model cannot be saved"):
                 model.save_pretrained(folder, max_shard_size=f"{p.export_shard_mb}MB")
                 tokenizer.save_pretrained(folder)
