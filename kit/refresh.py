@@ -72,8 +72,8 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
     cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
-def reference_methods(run: str = "sample") -> None:
-    """Write `compare_methods.REFERENCE`, which 60 shows, from the comparison of methods of `run` in the default lake."""
+def reference_methods(run: str = "sample", name: str = compare_methods.REFERENCE.stem) -> None:
+    """Write the reference run `name` (60 shows `methods`, 61 `gpu_methods`) from 61's result of `run` in the default lake."""
     manifest = Lake("lake").need(run, "61_compare_peft_methods")
     rows = [
         {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
@@ -81,7 +81,7 @@ def reference_methods(run: str = "sample") -> None:
     ]
     command = "make notebooks" if run == "sample" else f"kit run params/{run}.yaml --only 61"
     made = _made_by(manifest) | {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
-    compare_methods.REFERENCE.write_text(
+    compare_methods.REFERENCE.with_stem(name).write_text(
         json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
@@ -94,7 +94,7 @@ def _made_by(manifest: Manifest) -> dict[str, str]:
         if x.startswith("model name")
     ]
     return {
-        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, no GPU",
+        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, {compare_methods.gpu_name()}",
         "date": manifest.created_at[:10],
         "commit": str(manifest.code["git_sha"])[:10] + ("+" if manifest.code["dirty"] else ""),
     }

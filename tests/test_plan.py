@@ -176,3 +176,13 @@ def test_a_random_model_of_a_known_shape_is_loadable(tmp_path, monkeypatch):
     folder = dry.random_model("meta-llama/Llama-3-8B", str(tmp_path / "m"))
     assert models.load_model(str(folder)).config.num_hidden_layers == 1
     assert models.load_tokenizer(str(folder)).eos_token_id < 49152
+
+
+def test_a_frozen_copy_as_reference_is_planned_for():
+    machine = plan.GPUS["h100"]
+    sizes = {}
+    for loss in ("dpo", "orpo"):
+        made = plan.plan(AlignDpo(base_model=tiny_model(), method="full", preference_loss=loss), machine)
+        sizes[loss] = made.memory_mb - made.parts["weights"] * (loss == "dpo")
+    assert sizes["dpo"] == pytest.approx(sizes["orpo"])
+    assert "reference" not in plan.plan(AlignDpo(base_model=tiny_model()), machine).parts

@@ -4,8 +4,6 @@ Where a test shows that a trap still exists, it does so to prove that the cure i
 test says so by failing, and the cure can go.
 """
 
-import math
-
 import bitsandbytes as bnb
 import datasets
 import pytest
@@ -224,7 +222,6 @@ def test_merging_a_qlora_adapter_into_the_plain_base_would_be_another_model(tmp_
         a, b = (m.eval()(input_ids=ids).logits for m in (plain, dequantised))
     drift = float((a - b).norm() / b.norm())
     assert 0.01 < drift < 1
-    assert math.isfinite(drift)
 
 
 def test_rotary_frequencies_stay_in_float32_whatever_the_weights_are(tmp_path):

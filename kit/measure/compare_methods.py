@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import torch
 
 from kit import ROOT
 from kit.cost import usd
@@ -176,6 +177,11 @@ GPU_CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
 GPU_FILE = ROOT / "data_samples" / "reference_runs" / "gpu_methods.json"
 
 
+def gpu_name() -> str:
+    """The GPU of this machine, in words."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+
+
 def gpu_rows() -> list[dict[str, Any]]:
     """The cases that want a GPU: measured in a reference run that ships, or the command that measures them."""
     made = json.loads(GPU_FILE.read_text(encoding="utf-8")) if GPU_FILE.exists() else {}
@@ -192,5 +198,5 @@ def gpu_rows() -> list[dict[str, Any]]:
 GPU_COMMAND = (
     "python -m kit.train.dry Llama-3-8B random-8b && kit run params/demo.yaml --until 50 && "
     "kit run params/demo.yaml --only 61 -p base_model=random-8b -p methods=lora,qlora -p packing=true "
-    "-p max_tokens=4096 -p compare_steps=20"
+    "-p max_tokens=4096 -p compare_steps=20 && python -m kit.refresh methods demo gpu_methods"
 )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
 from kit.params.stage import PATH, Stage, Strings
 
-METHODS = ("full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix")
-"""Ways to tune a model; `kit.train.methods` says what each of them is."""
 Method = Literal["full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix"]
+METHODS = get_args(Method)
+"""Ways to tune a model; `kit.train.methods` says what each of them is."""
 Quantization = Literal["auto", "none", "int8", "nf4", "nf4_double"]
 
 

@@ -148,6 +148,8 @@ def plan(
         "evaluation": scored,
         "process": 0 if machine.gpu else PROCESS,
     }
+    if full and getattr(p, "preference_loss", "orpo") != "orpo":
+        parts["reference"] = parts["weights"]  # a frozen copy; an adapter is switched off instead
     parts = {name: float(size) / MB for name, size in parts.items()}
     padded, squares = _padded(lengths, rows * texts, p.seed)
     # the loss computes its logits twice; a DPO reference and checkpointing add forward passes

@@ -135,16 +135,21 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         pairs = usable(found, tokenizer, p.max_tokens)
         pairs.require("preference", p.preferences_from)
         held = usable(found, tokenizer, p.max_tokens, "heldout").rows[:EVALUATED]
-        lengths = [sum(len(tokenizer(r[k])["input_ids"]) for k in ("prompt", "chosen")) for r in pairs.rows]
-        require_fit(p, rows_tokens=[n for n in lengths for _ in (0, 1)], quantization=base_quantization(p))
+        texts = [
+            tokenizer(r["prompt"] + r[side])["input_ids"]
+            for r in pairs.rows
+            for side in ("chosen", "rejected")
+        ]
+        require_fit(p, rows_tokens=[len(ids) for ids in texts], quantization=base_quantization(p))
         folder = lake.local_folder(tuned, "model")
-        rounds = [_train(p, folder, tokenizer, pairs.rows, held, Path(temp, "main"))]
-        main, ran = rounds[0]
-        out.folder("model", _saved(p, main, Path(temp, "model")))
-        out.table("steps", steps_table(main), measured=True)
+        trainer, ran = _train(p, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
+        made = models.save_adapter(trainer.model, Path(temp, "model"), p.base_model, base_quantization(p))
+        out.folder("model", made)
+        out.table("steps", steps_table(trainer), measured=True)
+        del trainer  # room for the sweep
         sweep = [_moved(p.dpo_beta, ran)]
         for beta in p.sweep_betas:
-            rounds.clear(), models.release()
+            models.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
             sweep.append(
                 _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1])
@@ -209,10 +214,6 @@ def _train(
             k.removeprefix("eval_rewards/"): v for k, v in scores.items() if k.startswith("eval_rewards/")
         }
     return trainer, ran
-
-
-def _saved(p: AlignDpo, trainer: Any, folder: Path) -> Path:
-    return models.save_adapter(trainer.model, folder, p.base_model, base_quantization(p))
 
 
 def _moved(beta: float, ran: Mapping[str, Any]) -> dict[str, Any]:
