@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from kit.params import (
     Cores,
     ParamError,
     Training,
+    Tuning,
     for_stage,
     is_list,
     is_path,
@@ -66,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
     estimate = commands.add_parser("estimate", help="time, memory and dollars before anything runs")
     recipe(estimate)
     estimate.add_argument("--gpu", help="train on one of these instead of on this machine: h100, l40s, …")
+    estimate.add_argument("--gpus", type=int, help="that many in a node: 60 under each parallel strategy")
+    estimate.add_argument("--nodes", type=int, default=1, help="that many nodes")
+    estimate.add_argument("--network-gbps", type=float, default=400.0, help="between nodes, Gb/s of a node")
     commands.add_parser("doctor", help="what this machine has, and what will work")
     return top
 
@@ -198,6 +203,9 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> int:
     values = recipe_values(args)
+    several = args.gpus is not None or args.nodes != 1
+    if several and not (args.gpu and (args.gpus or 0) > 0 < args.nodes and args.network_gbps > 0):
+        raise ParamError("for several GPUs give --gpu h100 --gpus 8 (a node) --nodes 4, all above 0")
     lake = Lake(for_stage(STAGES["10_explore_index"], values).lake)
     pages, which = _pages(values)
     planned, warnings = _planned(values, args.gpu)
@@ -220,7 +228,48 @@ def _estimate(args: argparse.Namespace) -> int:
     print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
     for warning in warnings:
         print(f"warning: {warning}")
+    if several:
+        _print_scaled(for_stage(STAGES["60_finetune_sft"], values), args)
     return 0
+
+
+def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
+    """Stage 60 on several GPUs under each parallel strategy: a table of memory, one of time, the model they follow."""
+    from kit.train import plan, scaling
+
+    machine, ranks = plan.GPUS[args.gpu.lower()], args.gpus * args.nodes
+    work, reached = scaling.work_of(p, machine), plan.EFFICIENCY["gpu"]
+    inside, between = scaling.GB_PER_S[args.gpu.lower()], args.network_gbps / 8
+    links = scaling.Links(inside, between, machine.flops_per_s * reached, args.gpus)
+    # groups within a node, as large as the model's heads allow
+    tensor = max((n for n in range(2, ranks) if math.gcd(args.gpus, work.heads) % n == 0), default=args.gpus)
+    both = f"tensor {tensor} ×", ranks // tensor
+    ways = {"DDP": "ddp", "FSDP2 (ZeRO-3)": "fsdp", "pipeline": "pipeline", "tensor": "tensor"}
+    ways |= {"{} DDP {}".format(*both): "tensor_ddp", "{} FSDP2 {}".format(*both): "tensor_data"}
+    memory, steps = [], []
+    for name, way, n in [("one GPU", "ddp", 1), *((*words, ranks) for words in ways.items())]:
+        made = scaling.predict(work, links, way, n, tensor)
+        gb = {part: round(size / 2**30, 2) for part, size in made.memory.items()}
+        gb |= {"all": round(sum(made.memory.values()) / 2**30, 2)} if gb else {}
+        fits = made.why_not or ("yes" if gb["all"] * 1024 <= machine.memory_mb else "no")
+        fits += f"; {made.idle} GPUs without a row" if made.idle else ""
+        memory.append({"GB a GPU": name} | gb | {"fits": fits})
+        row = {"ms a step": name, "GB sent": round(made.volume / 1e9, 2), "over": made.link}
+        for part in ("compute", "exposed", "bubble", "step"):
+            row[part] = round(getattr(made, f"{part}_seconds") * 1000, 1)
+        row |= {"speed-up": round(made.speed_up, 2), "of ideal": round(made.efficiency, 2)}
+        usd = cost.usd_per_million(made.step_seconds, work.tokens, p.usd_per_hour * n / args.gpus)
+        row |= {"tokens/s": work.tokens / made.step_seconds, "$/M": f"{usd:.4f}"}
+        steps += [row] if not made.why_not else []
+    which = f"{args.nodes} × {args.gpus} {machine.name}"
+    print(f"\n{p.stage}: {work.rows} rows of {p.max_tokens:,} tokens a step on {which}")
+    print(f"{Table(memory, list(memory[0]))}\n\n{Table(steps)}\n{scaling.MODEL}")
+    print(
+        f"{inside:g} GB/s a GPU in a node, {between:g} a node outside; hidden: {links.overlap:.0%} at most (DDP, FSDP2)"
+    )
+    print(
+        f"arithmetic: {reached:.0%} of the peak; $ per million tokens: usd_per_hour={p.usd_per_hour:g} a node"
+    )
 
 
 def _pages(values: dict[str, Any]) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from typing import Any
 from kit import ROOT
 from kit.lake import Manifest
 from kit.params import Stage
+from kit.params.train import PASS_TOKENS
 
 REFERENCE = ROOT / "data_samples" / "reference_runs" / "rates.json"
 
@@ -55,7 +56,8 @@ def planned_units(p: Stage, pages: int) -> tuple[float, str]:
     values = p.model_dump()
     for prefix, rows_per_unit in (("sft", 1), ("dpo", 2)):
         if f"{prefix}_steps" in values:
-            rows = values[f"{prefix}_steps"] * values[f"{prefix}_batch_size"] * rows_per_unit
+            batch = values[f"{prefix}_batch_size"] or max(1, PASS_TOKENS // values["max_tokens"])
+            rows = values[f"{prefix}_steps"] * batch * rows_per_unit
             return rows * values.get("gradient_accumulation", 1) * values["max_tokens"], "tokens at most"
     if "prompts" in values:
         return 3 * len(values["prompts"]) * values["max_new_tokens"], "new tokens"

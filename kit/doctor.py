@@ -70,12 +70,12 @@ def _java() -> Finding:
 def _model() -> Finding:
     if not util.find_spec("torch"):
         return Finding("torch", "not installed", False, "60 to 90 need: pip install -e '.[train]'")
-    from kit.train.shipped import CACHE, FOLDER
+    from kit.train.shipped import PACKAGES
 
-    ok = (CACHE / FOLDER / "config.json").exists()
+    ok = all(package.here for package in PACKAGES.values())
     return Finding(
-        "shipped model", "SmolLM2-135M-Instruct" if ok else "not fetched", ok,
-        "60, 70, 90 run offline" if ok else "fetch it with: python -m kit.train.shipped",
+        "shipped models", ", ".join(p.folder for p in PACKAGES.values() if p.here) or "not fetched", ok,
+        "60 to 90 run offline" if ok else "fetch them with: python -m kit.train.shipped",
     )  # fmt: skip
 
 

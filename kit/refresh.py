@@ -86,6 +86,17 @@ def reference_methods(run: str = "sample", name: str = compare_methods.REFERENCE
     )
 
 
+def reference_classify(run: str, lake: str, command: str) -> None:
+    """Write the reference run that 63 shows from the result of `run` in `lake`, made by `command`."""
+    from kit.train import classify
+
+    manifest = Lake(lake).need(run, "63_classify_sentiment")
+    kept = {k: v for k, v in manifest.metrics.items() if k != "what_ran"}
+    made = _made_by(manifest) | {"command": command, **kept}
+    text = json.dumps(made, indent=1, ensure_ascii=False)
+    classify.REFERENCE.write_text(text + "\n", encoding="utf-8")
+
+
 def _made_by(manifest: Manifest) -> dict[str, str]:
     """Machine, date and commit of a result."""
     cpu = [
@@ -101,6 +112,5 @@ def _made_by(manifest: Manifest) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    {"notebooks": refresh_notebooks, "reference": reference_run, "methods": reference_methods}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    verbs = {"notebooks": refresh_notebooks, "reference": reference_run, "methods": reference_methods}
+    (verbs | {"classify": reference_classify})[sys.argv[1]](*sys.argv[2:])

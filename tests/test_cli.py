@@ -11,6 +11,7 @@ from kit.lake import Lake
 from kit.params import STAGES
 
 DEMO = str(ROOT / "params" / "demo.yaml")
+DOLLY = str(ROOT / "params" / "dolly_llama3.yaml")
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,10 @@ DEMO = str(ROOT / "params" / "demo.yaml")
         (["estimate", DEMO, "-p", "archive_paths=[nosuch.warc.gz]"], "nosuch.warc.gz' does not exist"),
         (["run", DEMO, "-p", "index_path=nosuch"], "does not exist"),
         (["status", "nosuchrun"], "no run 'nosuchrun'"),
+        (["estimate", DEMO, "--gpus", "8"], "give --gpu h100 --gpus 8"),
+        (["estimate", DEMO, "--gpu", "h100", "--gpus", "0"], "all above 0"),
+        (["estimate", DEMO, "--gpu", "h100", "--nodes", "2"], "give --gpu h100 --gpus 8"),
+        (["estimate", DEMO, "--gpu", "h1", "--gpus", "2"], "unknown GPU 'h1'; did you mean 'h100'"),
     ],
 )
 def test_wrong_words_are_one_line_and_status_2(words, told, capsys):
@@ -113,6 +118,21 @@ def test_estimate_covers_every_stage(capsys, tmp_path):
     assert main(["estimate", DEMO, "--lake", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in STAGES) and "pages selected" in out and "reference run" in out
+
+
+def test_estimate_for_several_gpus_adds_two_tables_and_changes_nothing_else(capsys, tmp_path):
+    words = ["estimate", DOLLY, "--lake", str(tmp_path), "--gpu", "h100"]
+    assert main(words) == 0
+    alone = capsys.readouterr().out
+    assert main([*words, "--gpus", "8", "--nodes", "4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(alone) and max(map(len, out.splitlines())) < 110
+    memory, steps = out.removeprefix(alone).strip().split("\n\n")
+    assert "12 rows of 1,024 tokens a step on 4 × 8 H100 SXM" in memory
+    assert "32 cannot share 8 KV heads; 8 can" in memory and "20 GPUs without a row" in memory
+    for way in ("one GPU", "DDP", "FSDP2 (ZeRO-3)", "pipeline", "tensor 8 × DDP 4", "tensor 8 × FSDP2 4"):
+        assert f"\n{way} " in memory and f"\n{way} " in steps
+    assert "\ntensor  " not in steps and "bubble (s-1)/" in steps
 
 
 def test_status_of_an_empty_lake(capsys, tmp_path):

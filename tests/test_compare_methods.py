@@ -21,12 +21,12 @@ def compare_params(lake: Lake, **values) -> ComparePeft:
 
 def test_every_way_is_a_row_and_one_that_fails_says_why(tmp_path, monkeypatch):
     lake = make_lake(tmp_path)
-    run_it = compare_methods._in_own_process
+    run_it = compare_methods.in_own_process
 
-    def too_large(p, *args):
-        return {"error": "does not fit"} if p.activation_checkpointing else run_it(p, *args)
+    def too_large(work, p, *args):
+        return {"error": "does not fit"} if p.activation_checkpointing else run_it(work, p, *args)
 
-    monkeypatch.setattr(compare_methods, "_in_own_process", too_large)
+    monkeypatch.setattr(compare_methods, "in_own_process", too_large)
     manifest = compare_methods.compare_methods(compare_params(lake, methods=["lora"]), lake)
     rows = {r["name"]: r for r in lake.table(manifest, "methods").to_pylist()}
     assert list(rows) == ["lora", *(n for n, way in EXTRAS.items() if way["method"] == "lora")]

@@ -86,7 +86,7 @@ def test_cores_that_are_named_share_the_pages():
     ],
 )
 def test_the_experiments_are_estimated_offline(monkeypatch, capsys, tmp_path, recipe, pages, said):
-    if recipe != "dolly_llama3" and not (shipped.CACHE / shipped.FOLDER / "config.json").exists():
+    if recipe != "dolly_llama3" and not shipped.PACKAGES[shipped.SHIPPED].here:
         pytest.skip("the shipped model is not fetched")
     monkeypatch.undo()
     attempts = no_network(monkeypatch)

@@ -177,7 +177,7 @@ def test_what_cannot_be_merged_is_one_clear_line(tmp_path, method):
 def test_shards_index_bytes_and_card(tmp_path):
     from test_preference import align, dpo_params
 
-    lake = tuned_lake(tmp_path)
+    lake = tuned_lake(tmp_path, packing=False)
     align(dpo_params(lake, dpo_steps=1), lake)
     p = export_params(lake, export_from="70_align_dpo")
     manifest = merge_and_export(p, lake)

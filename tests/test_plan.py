@@ -157,7 +157,7 @@ def test_pairs_and_generation_are_foreseen_too():
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_shipped_model_takes_the_memory_that_was_planned(tmp_path, method):
-    if not (shipped.CACHE / shipped.FOLDER / "config.json").exists():
+    if not shipped.PACKAGES[shipped.SHIPPED].here:
         pytest.skip("the shipped model is not fetched")
     p = sft_params(
         make_lake(tmp_path), base_model="smollm2", method=method, dtype="auto", sft_steps=1, max_tokens=256

@@ -14,7 +14,7 @@ from test_models import TEXT, no_network, tiny_model
 
 from kit import ROOT, params
 from kit.lake import Counts, Lake
-from kit.train import loop, models, sft
+from kit.train import fast, loop, models, sft
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.methods import METHODS
 from kit.train.models import ModelError
@@ -280,8 +280,15 @@ def test_packed_rows_hold_whole_documents_and_no_padding(tmp_path):
     assert m["padding_share"] == 0
     assert 0 < m["packed_rows"] < 9
     assert "kept apart" in m["what_ran"]["packing"]
-    with pytest.raises(ModelError, match="packing does not go with method prompt"):
-        finetune(sft_params(lake, packing=True, method="prompt"), lake)
+
+
+def test_a_learned_prompt_is_not_packed_and_it_is_said(tmp_path, capsys):
+    lake = make_lake(tmp_path)
+    m = finetune(sft_params(lake, packing=True, method="prompt"), lake).metrics
+    assert m["packed_rows"] == 0
+    said = "none: a learned prompt would stand before one row only"
+    assert m["what_ran"]["packing"] == said
+    assert said.replace(":", ",") in capsys.readouterr().out
 
 
 def test_one_row_is_enough_and_a_context_too_long_is_refused(tmp_path):
@@ -301,7 +308,7 @@ def test_every_row_is_accounted_for(tmp_path):
         review(13, " fine" * 100, prompt=""),
     ]
     lake = make_lake(tmp_path, train=rows)
-    manifest = finetune(sft_params(lake, sft_steps=3), lake)
+    manifest = finetune(sft_params(lake, sft_steps=3, packing=False), lake)
     assert manifest.counts.records_in == 13
     assert manifest.counts.records_out == 6
     assert manifest.counts.dropped == {
@@ -330,7 +337,7 @@ def test_what_the_counts_say_was_trained_was_trained():
 def test_tokens_are_counted_without_padding_and_all_of_a_row_without_prompt_counts(tmp_path):
     rows = [review(0, f" {TEXT[0]}"), review(1, " short", prompt="")]
     lake = make_lake(tmp_path, train=rows)
-    manifest = finetune(sft_params(lake, sft_steps=1), lake)
+    manifest = finetune(sft_params(lake, sft_steps=1, packing=False), lake)
     tokenizer = models.load_tokenizer(tiny_model())
     lengths = [len(r["input_ids"]) for r in prepare(rows, tokenizer, 48).rows]
     assert manifest.metrics["tokens"] == sum(lengths)
@@ -371,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 def test_the_tiles_of_the_chunked_loss_change_nothing_but_speed(tmp_path, monkeypatch):
     losses = []
     for tile in (64, 32768):
-        monkeypatch.setattr(loop, "CPU_TILE", tile)
+        monkeypatch.setattr(fast, "CPU_TILE", tile)
         lake = make_lake(tmp_path / str(tile))
         losses.append(finetune(sft_params(lake), lake).metrics["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

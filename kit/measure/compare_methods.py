@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -18,13 +18,13 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from kit import ROOT
+from kit import ROOT, KitError
 from kit.cost import usd
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ComparePeft, FinetuneSft, ParamError, nearest
 from kit.show import progress
 from kit.train import models
-from kit.train.encode import prepare
+from kit.train.encode import Rows, prepare
 from kit.train.methods import METHODS
 from kit.train.models import ModelError
 from kit.train.sft import fit
@@ -72,7 +72,7 @@ def compare_methods(p: ComparePeft, lake: Lake) -> Manifest:
         rows = []
         with progress(len(ways), "compare", "methods") as bar:
             for name, way in ways.items():
-                rows.append({"name": name} | _in_own_process(tuning(p, way), lake.uri, p.usd_per_hour))
+                rows.append({"name": name} | in_own_process(row, tuning(p, way), lake.uri, p.usd_per_hour))
                 bar.update()
                 bar.note(
                     f"{name}: {rows[-1]['error'] or format(rows[-1]['samples_per_s'], '.2f') + ' samples/s'}"
@@ -96,22 +96,50 @@ def tuning(p: ComparePeft, way: Mapping[str, Any]) -> FinetuneSft:
     shared |= {
         "sft_steps": p.compare_steps,
         "sft_batch_size": max(1, batch),
+        "packing": p.compare_packing,
         "eval_rows": p.compare_eval_rows,
     }
     return FinetuneSft(**{**shared, **way})
 
 
-def _in_own_process(p: FinetuneSft, lake: str, usd_per_hour: float) -> dict[str, Any]:
-    """The row of one way, out of a process forked from a server that has imported the libraries once."""
+def in_own_process(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """The row that `work` makes, out of a process forked from a server that has imported the libraries once.
+
+    What goes wrong there (too little memory, not possible with this model or machine) is the row's `error`, one line.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kit.train.sft"])
     with ProcessPoolExecutor(max_workers=1, mp_context=context, max_tasks_per_child=1) as pool:
         try:
-            return pool.submit(row, p, lake, usd_per_hour).result()
-        except ModelError as error:
-            return {"error": str(error)}
+            return pool.submit(_safely, work, *args).result()
         except BrokenProcessPool:
             return {"error": "killed, most likely for want of memory"}
+
+
+def _safely(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    try:
+        return work(*args)
+    except KitError as error:
+        return {"error": str(error)}
+    except (
+        RuntimeError,
+        ValueError,
+        MemoryError,
+        ImportError,
+    ) as error:  # torch's want of memory is a RuntimeError
+        said = (str(error).strip().splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {said}"[:200]}
+
+
+def encoded(p: FinetuneSft, lake_uri: str) -> tuple[Any, Rows, Rows]:
+    """Tokenizer, training rows and `p.eval_rows` held-out rows of 50; raises `ModelError` where there are none."""
+    lake = Lake(lake_uri)
+    data = lake.need(p.run, "50_build_datasets")
+    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+    train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
+    held = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens, p.task)
+    train.require("train"), held.require("heldout")
+    return tokenizer, train, held
 
 
 def row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, Any]:
@@ -121,14 +149,8 @@ def row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, Any]:
     `minutes`, `usd`, `mfu`, `hfu`; `heldout_before` and `heldout_after` are losses in nats a token; `trainable` and
     `parameters` are counts; what ran in words.
     """
-    lake = Lake(lake_uri)
-    data = lake.need(p.run, "50_build_datasets")
-    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-    train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
-    held = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens, p.task)
-    train.require("train"), held.require("heldout")
     with tempfile.TemporaryDirectory(prefix="kit-compare-") as temp:
-        m = fit(p, tokenizer, train, held, Path(temp)).metrics
+        m = fit(p, *encoded(p, lake_uri), Path(temp)).metrics
     ran = m["what_ran"]
     return {
         "error": "",
@@ -197,6 +219,6 @@ def gpu_rows() -> list[dict[str, Any]]:
 
 GPU_COMMAND = (
     "python -m kit.train.dry Llama-3-8B random-8b && kit run params/demo.yaml --until 50 && "
-    "kit run params/demo.yaml --only 61 -p base_model=random-8b -p methods=lora,qlora -p packing=true "
+    "kit run params/demo.yaml --only 61 -p base_model=random-8b -p methods=lora,qlora -p compare_packing=true "
     "-p max_tokens=4096 -p compare_steps=20 && python -m kit.refresh methods demo gpu_methods"
 )

@@ -12,6 +12,9 @@ Method = Literal["full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix"]
 METHODS = get_args(Method)
 """Ways to tune a model; `kit.train.methods` says what each of them is."""
 Quantization = Literal["auto", "none", "int8", "nf4", "nf4_double"]
+DType = Literal["auto", "float32", "bfloat16"]
+PASS_TOKENS = 16_384
+"""Tokens of one forward and backward pass that keep a GPU's matrix units busy; more need memory and gain nothing."""
 
 
 class Training(Stage):
@@ -25,9 +28,7 @@ class Training(Stage):
     trust_remote_code: bool = Field(
         False, description="run code that a model brings along; yes only for authors you trust"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 where it is fast"
-    )
+    dtype: DType = Field("auto", description="auto: bfloat16 where it is fast")
     threads: int = Field(
         0, description="CPU threads, 0 = OMP_NUM_THREADS or all; results are exact for a given number", ge=0
     )
@@ -50,7 +51,13 @@ class Tuning(Adapting):
         "auto", description="of the frozen base; auto: nf4_double for qlora, else none"
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        "adamw", description="adamw_8bit keeps its state in a quarter of the memory"
+        "adamw", description="adamw: fused; adamw_8bit keeps its state in a quarter of the memory"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = Field(
+        "auto", description="kernel; auto: flash_attention_2 where it is installed and runs, else sdpa"
+    )
+    compile_model: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the layers; auto: on a GPU, in a run of 100 steps or more"
     )
     gradient_accumulation: int = Field(
         1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
@@ -70,9 +77,11 @@ class FinetuneSft(Tuning):
         "completion",
         description="completion: the answer counts; text: all of it; instruction: ###; chat: template",
     )
-    packing: bool = Field(False, description="fill every row to max_tokens with whole documents, no padding")
+    packing: bool = Field(True, description="fill every row to max_tokens with whole documents, no padding")
     sft_steps: int = Field(8, description="optimizer steps", ge=1)
-    sft_batch_size: int = Field(4, description="rows per forward and backward pass", ge=1)
+    sft_batch_size: int = Field(
+        4, description="rows per forward and backward pass, 0 = as many as the memory takes", ge=0
+    )
     sft_learning_rate: float = Field(0.0, description="peak learning rate, 0 = the method's own", ge=0)
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
     checkpoint_steps: int = Field(
@@ -88,7 +97,9 @@ class ComparePeft(Adapting):
     needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
 
     methods: Strings = Field(list(METHODS), description="what is compared")
-    packing: bool = Field(False, description="fill every row to max_tokens with whole documents, no padding")
+    compare_packing: bool = Field(
+        False, description="packing for all; learned prompts cannot have it, so they would see other rows"
+    )
     compare_steps: int = Field(3, description="optimizer steps of each", ge=1)
     compare_batch_size: int = Field(2, description="rows of each step", ge=1)
     compare_eval_rows: int = Field(4, description="held-out rows for the loss", ge=1)
@@ -119,6 +130,34 @@ class ContinuePretraining(Training):
         0.5, description="share of the sites of general text kept to measure forgetting on", gt=0, le=1
     )
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+
+class ClassifySentiment(Stage):
+    """63: a review's label, trained under four kinds of parallelism."""
+
+    stage: ClassVar[str] = "63_classify_sentiment"
+    zone: ClassVar[str] = "models"
+    needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
+
+    encoder: str = Field("minilm", description="minilm (shipped), a hub id or a local folder of a BERT")
+    dtype: DType = Field("auto", description="auto: bfloat16 where it is fast")
+    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
+    strategies: Strings = Field(
+        ["ddp", "fsdp", "pipeline", "tensor", "tensor_data"],
+        description="ways to share the work, beside one process",
+    )
+    ranks: int = Field(2, description="processes of each way, on a GPU each where there are any", ge=1)
+    tensor_ranks: int = Field(2, description="tensor_data: processes that share every layer", ge=1)
+    data_ranks: int = Field(2, description="tensor_data: groups of them, each with rows of its own", ge=1)
+    rank_threads: int = Field(1, description="CPU threads of each process", ge=1)
+    rank_timeout_s: float = Field(300.0, description="longest wait for another process", gt=0)
+    classify_steps: int = Field(12, description="optimizer steps of each way", ge=1)
+    classify_batch_size: int = Field(16, description="rows of a pass, over all processes", ge=1)
+    gradient_accumulation: int = Field(
+        1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
+    )
+    classify_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
+    check_steps: int = Field(2, description="steps in float32 beforehand, whose losses are compared", ge=1)
 
 
 class AlignDpo(Tuning):
@@ -252,6 +291,23 @@ class BenchmarkTraining(Training):
     needs: ClassVar[tuple[str, ...]] = ("60_finetune_sft", "70_align_dpo")
 
     peak_matmul: int = Field(2048, description="edge of the matmul that measures this machine's peak", ge=64)
+    grid: Strings = Field(
+        [
+            "kit",
+            "packing=false",
+            "activation_checkpointing=true",
+            "attention=eager",
+            "max_tokens=32 sft_batch_size=1",
+            "stock",
+        ],
+        description="cells: words name=value of 60 or kit.train.fast, a|b for each of them, kit, stock (TRL's own)",
+    )
+    grid_layers: int = Field(
+        4, description="the first layers of base_model that the grid trains, 0 = all", ge=0
+    )
+    grid_batch_size: int = Field(2, description="rows of a pass, where a cell says nothing else", ge=0)
+    grid_warmup: int = Field(1, description="first steps of a cell that are left out", ge=0)
+    grid_steps: int = Field(3, description="steps of a cell that are measured", ge=1)
 
 
 class CompareGenerations(Training):

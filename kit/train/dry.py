@@ -11,7 +11,7 @@ import copy
 import functools
 import re
 import sys
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from kit import resolve
 from kit.params import Tuning
 from kit.train import models, shipped
-from kit.train.flops import ModelFlops, model_flops, virtual_tokens
+from kit.train.flops import ModelFlops, deeper, model_flops, virtual_tokens
 from kit.train.methods import adapter_config
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -44,7 +44,7 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     short = re.sub(r"^.*/(Meta-)?|(-Instruct|-chat)?(-hf)?$", "", name)
     if short in FACTS and not Path(resolve(name)).is_dir():
         return AutoConfig.for_model(**FACTS[short])
-    return models._open(AutoConfig, name, trust_remote_code)
+    return models.open_pretrained(AutoConfig, name, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ def look(
     """The model of `base` under `method`, weights in `dtype`; `mixed`: it computes in bfloat16 beside them."""
     config = read_config(base, remote)
     p = Tuning(method=method, lora_r=lora_r, virtual_tokens=virtual, trust_remote_code=remote)
-    (one, model), (two, _) = (_counted(config, layers, p, dtype, mixed) for layers in (1, 2))
+    (one, model, shallow), (two, _, deep) = (_counted(config, layers, p, dtype, mixed) for layers in (1, 2))
     text, layer = config.get_text_config(), two - one
-    linear, other, trained, saved, token, *flops = (one + layer * (text.num_hidden_layers - 1)).tolist()
+    linear, other, trained, saved, token = (one + layer * (text.num_hidden_layers - 1)).tolist()
     inner = _linear(model)
     return Seen(
         linear, other, trained, saved, token, layer[3], layer[4],
-        ModelFlops(*flops, causal=True), text.num_hidden_layers, text.hidden_size, text.vocab_size,
+        deeper(shallow, deep, text.num_hidden_layers), text.num_hidden_layers, text.hidden_size, text.vocab_size,
         max(max(m.in_features, m.out_features) for m in inner),
         max(m.in_features * m.out_features for m in inner), virtual_tokens(model),
     )  # fmt: skip
@@ -96,8 +96,8 @@ def _linear(model: nn.Module) -> list[nn.Linear]:
 
 def _counted(
     config: PretrainedConfig, layers: int, p: Tuning, dtype: torch.dtype, mixed: bool
-) -> tuple[np.ndarray, nn.Module]:
-    """Weights, bytes saved and FLOPs of the model cut to `layers`."""
+) -> tuple[np.ndarray, nn.Module, ModelFlops]:
+    """Weights and bytes saved, the model cut to `layers`, and its FLOPs."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -112,10 +112,10 @@ def _counted(
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_data(model)
         few, many = (_saved(model, tokens, mixed) for tokens in (32, 64))
-        flops = astuple(model_flops(model))[:-1]
+        flops = model_flops(model)
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     token = (many - few) / 32
-    return np.array([quantisable, total - quantisable, trained, few - 32 * token, token, *flops]), model
+    return np.array([quantisable, total - quantisable, trained, few - 32 * token, token]), model, flops
 
 
 def _without_data(model: nn.Module) -> None:

@@ -1,154 +1,245 @@
-"""Model FLOPs per token, right for LoRA and DoRA as well as for full fine-tuning; and a machine's measured
-peak.
+"""Model FLOPs, right for every way to tune; those that the hardware does beside them; and what a machine can reach.
 
-The convention. A weight matrix of N parameters costs 2N FLOPs a token forward; backward 2N for its own
-gradient, only if it is trained, and 2N for the gradient of its input, only if something trainable lies
-before it. So full fine-tuning costs 6N; LoRA 4·N_frozen + 6·N_trained; and what lies below the lowest
-trainable layer costs 2N. The embedding lookup is free; a tied head is one matmul. Attention has no weights:
-4·H·T forward and 8·H·T backward a layer and token over T attended positions, half of T when causal. Padding
-and recomputation are no model FLOPs.
-
+The convention. A weight matrix of N parameters costs 2N FLOPs a position forward; backward 2N for its own gradient,
+only if it is trained, and 2N for the gradient of its input, only if something trainable lies before it. So full
+fine-tuning costs 6N; LoRA 4·N_frozen + 6·N_trained; and what lies below the lowest trainable layer costs 2N. The
+embedding lookup is free; a tied head is one matmul. Attention has no weights: 4·H forward and 8·H backward a layer and
+attended pair: L² pairs in a row of L, half of it when causal, and w·L - w²/2 causal in a sliding window of w < L. A
+learned prompt's positions count in every row, a prefix's keys and values as pairs of every query. Padding,
+recomputation, dequantising, and what is done once a batch are no model FLOPs: P-tuning's network (below 0.01 %), and
+DoRA's norms (1.2 % of 4 × 256 tokens of SmolLM2-135M, 0.4 % of 4,096 of Llama-3-8B); `hardware` has them.
 (Kaplan et al. 2020, appendix B; Chowdhery et al. 2022, PaLM, appendix B; the frozen case follows from both.)
 """
 
 from __future__ import annotations
 
+import math
+import re
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from operator import mul
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel, PeftType
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 PROBE_TOKENS = 7
-"""Length of the probe: DoRA also sends identity matrices through its adapters, whose rows must not count."""
+"""Length of the probe: a matmul of as many inputs is one of positions; of one input, of rows (a pooler); else of a batch."""
+
+
+class Cost(NamedTuple):
+    """FLOPs of a position, of an attended pair, of one in the sliding window, of a row, of a batch; or their numbers."""
+
+    position: float = 0.0
+    pair: float = 0.0
+    near: float = 0.0
+    row: float = 0.0
+    batch: float = 0.0
+
+    def of(self, work: Cost) -> float:
+        """FLOPs of so many positions, pairs, rows and batches."""
+        return float(sum(map(mul, self, work)))
 
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """FLOPs of one trained token. Weights: `weights`. Attention: `attention` × attended positions.
+    """What training costs, as FLOPs of each: `step` forward and backward, `forward` alone (evaluation, a reference).
 
-    `forward_weights` and `forward_attention` are the forward parts alone (evaluation, a DPO reference model);
-    `head` are the parameters of the output matrix, which chunked losses compute a second time.
+    `again` is what activation checkpointing computes a second time. `trained`, `frozen` and `head` are parameters of
+    matmuls; the head's logits are computed twice by chunked losses. A row stands behind `virtual` positions of a
+    learned prompt, or behind `prefix` keys and values; `window`: 0 for none. Not covered: windows of several sizes.
     """
 
-    trained: int
-    frozen: int
-    head: int
-    weights: float
-    attention: float
-    forward_weights: float
-    forward_attention: float
+    trained: float
+    frozen: float
+    head: float
+    step: Cost
+    forward: Cost
+    again: Cost
+    virtual: float
+    prefix: float
+    window: float
     causal: bool
+
+    @property
+    def weights(self) -> float:
+        """FLOPs of a position's matmuls with weights, forward and backward."""
+        return self.step.position
 
     @property
     def convention(self) -> str:
         """The rule these numbers follow, in words."""
+        attention = "causal (half)" if self.causal else "full"
+        attention += f", windows of {self.window}" if self.window else ""
         return (
             "6 FLOPs per trained and 4 per frozen matmul parameter (no weight gradient), 2 below the lowest "
-            f"trainable layer; attention {'causal (half)' if self.causal else 'full'}; padding and "
-            "recomputation excluded; tied head counted once; dense peak"
+            f"trainable layer; attention {attention}; padding and recomputation excluded; tied head counted "
+            "once; dense peak"
         )
 
-    def total(self, tokens: float, squares: float, *, forward_only: bool = False) -> float:
-        """FLOPs of rows with `tokens` tokens in all and Σ L² = `squares` over their lengths L."""
-        pairs = squares / 2 if self.causal else squares
-        if forward_only:
-            return self.forward_weights * tokens + self.forward_attention * pairs
-        return self.weights * tokens + self.attention * pairs
+    def total(self, lengths: Sequence[float], *, forward_only: bool = False) -> float:
+        """Model FLOPs of texts of these lengths in tokens; documents of a packed row each count by themselves."""
+        return (self.forward if forward_only else self.step).of(self._work(lengths))
+
+    def hardware(self, lengths: Sequence[float], padded: float = 0, checkpointing: bool = False) -> float:
+        """FLOPs that run for one batch: the model's, on `padded` positions if more, DoRA's norms; recomputed.
+
+        Checkpointing as transformers does it, not reentrant: of a layer, what comes before the last tensor that autograd
+        keeps runs again. Not covered: models that end a layer with dropout (GPT-2: 8 % more), what attention kernels
+        compute beside the attended pairs.
+        """
+        work = self._work(lengths)
+        work = work._replace(position=work.position + max(0, padded - sum(lengths)), batch=1)
+        return self.step.of(work) + self.again.of(work) * checkpointing
 
     def per_token(self, length: float) -> float:
-        """FLOPs of one token in a row of `length` tokens."""
-        return self.total(length, length * length) / length
+        """FLOPs of one token of a text of `length` tokens; those of its learned prompt are shared out among them."""
+        return self.total([length]) / length
+
+    def _work(self, lengths: Sequence[float]) -> Cost:
+        rows = np.asarray(lengths, dtype=float) + self.virtual
+        return Cost(rows.sum(), self._pairs(rows, math.inf), self._pairs(rows, self.window), len(rows))
+
+    def _pairs(self, rows: np.ndarray, window: float) -> float:
+        def half(n: np.ndarray | float) -> Any:  # Σ min(i, window) over positions, the diagonal counted half
+            near = np.minimum(n, window)
+            return near * n - near * near / 2
+
+        seen = half(rows + self.prefix) - half(self.prefix)
+        return (seen if self.causal else seen + half(rows)).sum()
+
+
+def deeper(one: ModelFlops, two: ModelFlops, layers: int) -> ModelFlops:
+    """FLOPs of a model of `layers` like layers, from those of its copies with one and with two."""
+
+    def grown(a: Any, b: Any) -> Any:
+        return Cost(*map(grown, a, b)) if isinstance(a, Cost) else a + (b - a) * (layers - 1)
+
+    parts = ("trained", "frozen", "step", "forward", "again")
+    return replace(two, **{name: grown(getattr(one, name), getattr(two, name)) for name in parts})
 
 
 @dataclass
 class _Matmul:
-    parameters: int
-    trained: bool
-    input_needs_grad: bool
+    """One that the probe saw; `each`: what it is done for each of; `kept`: tensors that autograd had when it was done."""
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.parameters * (1 + self.trained + self.input_needs_grad)
+    each: str
+    forward: float
+    step: float
+    kept: int
+    parameters: int = 0
+    trained: bool = False
+    again: bool = False
 
 
-def model_flops(model: nn.Module, *, causal: bool = True) -> ModelFlops:
+def model_flops(model: nn.Module, *, causal: bool | None = None) -> ModelFlops:
     """Count by looking: a probe of a few tokens tells which matrices are used and where gradients flow.
 
-    So it holds for any architecture made of linear layers and for any set of trainable ones. Norms,
-    activations, rotary embeddings, DoRA's column norms (once a step, not once a token) and the optimizer are
-    not covered: below 1 % for models of useful size.
+    So it holds for any architecture made of linear layers and for any set of trainable ones. `causal` None: as the
+    attention modules say of themselves. Norms, activations, rotary embeddings and the optimizer are not covered: below
+    1 % for models of useful size; nor are mixtures of experts, cross-attention, attention without softmax.
     """
-    matmuls, attended = _probe(model)
-    width = _attention_width(model)
-    head = model.get_output_embeddings()
+    seen, attended = _probe(model)
+    costs = {kind: dict.fromkeys(Cost._fields, 0.0) for kind in ("step", "forward", "again")}
+    for m in seen:
+        for kind, flops in zip(costs, (m.step, m.forward, m.again * m.forward), strict=True):
+            costs[kind][m.each] += flops
+    head, used = model.get_output_embeddings(), [m for m in seen if m.each != "batch"]
     return ModelFlops(
-        trained=sum(m.parameters for m in matmuls if m.trained),
-        frozen=sum(m.parameters for m in matmuls if not m.trained),
+        trained=sum(m.parameters for m in used if m.trained),
+        frozen=sum(m.parameters for m in used if not m.trained),
         head=_size(head) if head is not None else 0,
-        weights=float(sum(m.flops for m in matmuls)),
-        attention=float(sum(2 * width * matmuls_of for matmuls_of in attended)),
-        forward_weights=float(sum(2 * m.parameters for m in matmuls)),
-        forward_attention=float(4 * width * len(attended)),
-        causal=causal,
+        **{kind: Cost(**flops) for kind, flops in costs.items()},
+        virtual=virtual_tokens(model),
+        prefix=virtual_tokens(model, prefix=True),
+        window=max((window for window, _ in attended), default=0),
+        causal=all(looks_back for _, looks_back in attended) if causal is None else causal,
     )
 
 
-def _probe(model: nn.Module) -> tuple[list[_Matmul], list[int]]:
-    """Every linear layer that a token passes; for every attention its matmuls: 2 forward, up to 4 back."""
-    matmuls: list[_Matmul] = []
-    attended: list[int] = []
+PARTS = (("q_proj", "query", "q_lin"), ("k_proj", "key", "k_lin"), ("v_proj", "value", "v_lin"))
+"""What models call the projections to queries, keys and values; others make all three in one."""
 
-    positions = PROBE_TOKENS + virtual_tokens(model)
+
+def _probe(model: nn.Module) -> tuple[list[_Matmul], list[tuple[int, bool]]]:
+    """Every matmul of one row's forward pass; of every attention its window, and whether it is causal."""
+    seen: list[_Matmul] = []
+    attended: list[tuple[int, bool]] = []
+    flows: dict[nn.Module | None, bool] = {}
+    begun: dict[nn.Module, int] = {}
+    kept: list[None] = []  # by autograd, for the backward pass
+    virtual, prefix = virtual_tokens(model), virtual_tokens(model, prefix=True)
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = 2.0 * config.num_attention_heads * head  # one of the two matmuls of a query and a key
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept.append(None)
+        return x
 
     def linear(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if args[0].numel() // args[0].shape[-1] == positions:
-            matmuls.append(_Matmul(_size(module), module.weight.requires_grad, args[0].requires_grad))
-
-    flows: dict[nn.Module, bool] = {}
-
-    def projection(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        flows[module] = output.requires_grad
+        inputs, trained = args[0].numel() // args[0].shape[-1], module.weight.requires_grad
+        each = {PROBE_TOKENS + virtual: "position", 1: "row"}.get(inputs, "batch")
+        # once a batch: P-tuning's network makes the prompt; DoRA sends an identity through adapters, no gradient back
+        forward = 2.0 * _size(module) * (inputs if each == "batch" else 1)
+        back = trained + args[0].requires_grad if each != "batch" or inputs == virtual else 0
+        seen.append(_Matmul(each, forward, forward * (1 + back), len(kept), _size(module), trained))
 
     def attention(module: nn.Module, args: tuple, output: tuple) -> None:
-        parts = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        parts = (next((getattr(module, n) for n in names if hasattr(module, n)), None) for names in PARTS)
         q, k, v = (flows.get(part, output[0].requires_grad) for part in parts)
+        k, v = k or prefix > 0, v or prefix > 0
         # gradients of the queries, the keys, the values, and of the weights that the first two share
-        attended.append(2 + q + k + v + (q or k))
+        matmuls = 2 + q + k + v + (q or k)
+        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or 0
+        if (kinds := getattr(config, "layer_types", None)) and kinds[len(attended)] != "sliding_attention":
+            window = 0
+        seen.append(_Matmul("near" if window else "pair", 2 * width, matmuls * width, len(kept)))
+        attended.append((window, getattr(module, "is_causal", True)))
+
+    def end(module: nn.Module, args: tuple, output: Any) -> None:
+        for m in seen[begun[module] :]:  # recomputing stops at the last tensor that the backward pass needs
+            m.again |= len(kept) > m.kept
 
     hooks = []
-    for name, module in model.named_modules():
-        if _is_linear(module):
+    for module in model.modules():
+        # a PEFT wrapper holds the linear layers it adds to; those are counted, the wrapper is not
+        if isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "base_layer"):
             hooks.append(module.register_forward_hook(linear))
-        if name.endswith(("q_proj", "k_proj", "v_proj")):
-            hooks.append(module.register_forward_hook(projection))
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
+        named = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+        if named or any(hasattr(module, name) for name in PARTS[0]):
+            for part in (getattr(module, n) for names in PARTS for n in names if hasattr(module, n)):
+                hooks.append(part.register_forward_hook(lambda m, _, x: flows.update({m: x.requires_grad})))
             hooks.append(module.register_forward_hook(attention))
-    was_training = model.training
+        if isinstance(module, GradientCheckpointingLayer):
+            hooks.append(module.register_forward_pre_hook(lambda m, _: begun.update({m: len(seen)})))
+            hooks.append(module.register_forward_hook(end))
+    was_training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=next(model.parameters()).device)
-        with torch.enable_grad():
-            model(input_ids=ids, use_cache=False)
+        ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=device)
+        # on a GPU adapters may be in another type than what they are added to, until autocast makes them one
+        mixed = torch.autocast(device.type, enabled=device.type == "cuda")
+        with torch.enable_grad(), mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            model(input_ids=ids, **({"use_cache": False} if hasattr(config, "use_cache") else {}))
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return matmuls, attended
+    return seen, attended
 
 
-def virtual_tokens(model: nn.Module) -> int:
-    """Positions that a learned prompt puts before every row; those of a prefix are keys and values only."""
+def virtual_tokens(model: nn.Module, *, prefix: bool = False) -> int:
+    """Positions that a learned prompt puts before every row; or those of a prefix: keys and values only."""
     config = model.active_peft_config if isinstance(model, PeftModel) else None
-    learned = config is not None and config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING
-    return config.num_virtual_tokens if learned else 0
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # a PEFT wrapper holds the linear layers it adds to; those are counted, the wrapper is not
-    return isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "base_layer")
+    if config is None or not config.is_prompt_learning:
+        return 0
+    return config.num_virtual_tokens if prefix == (config.peft_type == PeftType.PREFIX_TUNING) else 0
 
 
 def _size(module: nn.Module) -> int:
@@ -158,24 +249,43 @@ def _size(module: nn.Module) -> int:
     return module.weight.numel()
 
 
-def _attention_width(model: nn.Module) -> int:
-    """Heads × size of a head: what the scores of one query cost per attended position, halved."""
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_attention_heads * head
-
-
 def naive_6n(model: nn.Module) -> float:
     """6 × all parameters: what most tools print, up to 1.5 times too much for LoRA."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return 6.0 * sum(p.numel() for p in base.parameters())
 
 
-def measured_peak(edge: int, dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """FLOP/s of the best [edge × edge] matmul seen in about `seconds`: the dense peak that this machine
-    reaches.
+TYPES = ("float32", "tf32", "float16", "bfloat16", "fp8")
+PEAKS: dict[str, tuple[float, ...]] = {
+    "B200": (75, 1100, 2250, 2250, 4500),
+    "H200": (66.9, 494.7, 989.4, 989.4, 1978.9),
+    "H100 80GB HBM3": (66.9, 494.7, 989.4, 989.4, 1978.9),
+    "H100 PCIe": (51, 378, 756, 756, 1513),
+    r"A100[- ](SXM4-[48]0GB|PCIE-40GB|80GB PCIe)": (19.5, 156, 312, 312, 0),
+    "L40S": (91.6, 183, 362, 362, 733),
+    "RTX 4090": (82.6, 82.6, 165.2, 165.2, 330.3),
+    "A10G": (35, 35, 70, 70, 0),
+    "L4": (30.3, 60, 121, 121, 242.5),
+    "T4": (8.1, 0, 65, 0, 0),
+}
+"""Dense TFLOP/s of `TYPES` (0: none) by what torch calls a GPU, a pattern; tensor cores with float32 sums.
 
-    With the threads that torch uses now, on the GPU where there is one. A datasheet's peak is higher.
+NVIDIA's data sheets, half of what they say with sparsity; H100 SXM and H200: Hopper whitepaper, table 2; RTX 4090: Ada
+whitepaper, appendix A; B200: HGX B200's data sheet. `float32` is without TF32.
+"""
+
+
+def peak_of(device_name: str, dtype: torch.dtype | str = "bfloat16") -> float | None:
+    """The data sheet's FLOP/s of a GPU that torch calls so; None for another, a slice of one, a type it has not."""
+    kind = re.sub(r"^float8.*", "fp8", str(dtype).removeprefix("torch."))
+    named = (p for n, p in PEAKS.items() if re.fullmatch(rf"(NVIDIA |GeForce |Tesla )*{n}", device_name))
+    return dict(zip(TYPES, next(named, ()), strict=False)).get(kind, 0) * 1e12 or None
+
+
+def measured_peak(edge: int, dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """FLOP/s of the best [edge × edge] matmul seen in about `seconds`: the dense peak of this machine.
+
+    With the threads that torch uses now, on the GPU where there is one. A data sheet's peak is higher.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))

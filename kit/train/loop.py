@@ -22,6 +22,7 @@ import psutil
 import pyarrow as pa
 import torch
 import trl.trainer.utils
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -29,37 +30,49 @@ from transformers import TrainerCallback
 from kit import ROOT, show
 from kit.lake import Lake, StageWriter, code_identity
 from kit.params import Training
-from kit.train import models
+from kit.train import fast, models
 from kit.train.encode import packed_lengths
-from kit.train.flops import ModelFlops, measured_peak, model_flops
+from kit.train.flops import ModelFlops, measured_peak, model_flops, peak_of
 from kit.train.models import ModelError
 
-CPU_TILE = 2048
-"""Vocabulary entries per tile of TRL's chunked loss on a CPU: its own 32,768 fall out of the cache."""
-
-
-OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit"}
-"""The kit's names in transformers' words; 8 bits: bitsandbytes (Dettmers et al. 2021)."""
 LOG = "log.jsonl"
 WHOLE = "whole"
 """An empty file in a checkpoint that was written to its end."""
 
 
-def common(p: Training, model: torch.nn.Module, folder: Path, checkpoint_steps: int = 0) -> dict[str, Any]:
-    """Settings of every TRL trainer of the kit; TRL's own defaults would turn on bf16 and checkpointing."""
-    full = getattr(p, "method", "full") == "full"
+def recipe(p: Training) -> dict[str, Any]:
+    """What `fast.settings` makes of the parameters; raises `ModelError` for a kernel that is not installed."""
+    steps = (getattr(p, name) for name in type(p).model_fields if name.endswith("_steps"))
+    given = {"attention", "optimizer", "compile_model", "packing", "activation_checkpointing"}
+    try:
+        return fast.settings(
+            full=getattr(p, "method", "full") == "full",
+            bf16=models.pick_dtype(p.dtype) == torch.bfloat16,
+            steps=next(steps, 0),
+            **{"packing": False} | {k: v for k, v in p.model_dump().items() if k in given},
+        )
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+
+
+def common(
+    p: Training,
+    model: torch.nn.Module,
+    folder: Path,
+    checkpoint_steps: int = 0,
+    made: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Settings of every TRL trainer of the kit, from `made` (see `recipe`), which the model is given to keep."""
+    model.recipe = made = made or recipe(p)
+    set_attention(model, made["attention"])
     return {
         "output_dir": str(folder),
         "seed": p.seed,
         "max_length": p.max_tokens,
         "lr_scheduler_type": "cosine",
-        # full: float32 weights, bfloat16 arithmetic; small updates vanish in bfloat16 weights
-        "bf16": full and models.pick_dtype(p.dtype) == torch.bfloat16,
         "use_cpu": model.device.type == "cpu",
-        "optim": OPTIMIZERS[getattr(p, "optimizer", "adamw")],
         "gradient_accumulation_steps": getattr(p, "gradient_accumulation", 1),
-        "activation_checkpointing": getattr(p, "activation_checkpointing", False),
-        "gradient_checkpointing": False,
+        **fast.arguments(made),
         "save_strategy": "steps" if checkpoint_steps else "no",
         "save_steps": checkpoint_steps or 500,
         "save_total_limit": 2,
@@ -67,8 +80,18 @@ def common(p: Training, model: torch.nn.Module, folder: Path, checkpoint_steps: 
         "logging_nan_inf_filter": False,  # the default shows the mean so far instead of a NaN
         "report_to": "none",
         "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
+
+
+def set_attention(model: torch.nn.Module, kernel: str) -> None:
+    """Give a model another attention kernel; raises `ModelError` where it has none of the kind."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if inner.config._attn_implementation == kernel:
+        return
+    try:
+        inner.set_attn_implementation(kernel)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"attention={kernel}: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -94,18 +117,45 @@ def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
 
 
 class Metered:
-    """Mixin for TRL trainers: counts what a step really computes, gives the first one a learning rate."""
+    """Mixin for TRL trainers: counts what a step really computes and when, gives the first one a learning rate."""
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """The batches of a step, timed."""
+        began = self.clock()
+        batches = super().get_batch_samples(*args)
+        self.spent("data_seconds", began)
+        return batches
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass, timed; what a trainer does before it (generation, say) makes its data."""
+        self.spent("data_seconds", self.pass_began)
+        began = self.clock()
+        loss = super().compute_loss(*args, **kwargs)
+        self.pass_began = self.spent("forward_seconds", began)
+        return loss
+
+    def clock(self) -> float:
+        """Now. A GPU is waited for only where a recipe says `synchronise`; else forward is the time to start it."""
+        if getattr(self.model, "recipe", {}).get("synchronise") and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def spent(self, what: str, since: float) -> float:
+        """Add the seconds since then to the step's; returns now."""
+        now = self.clock()
+        self.step_now[what] = self.step_now.get(what, 0.0) + now - since
+        return now
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
-        """One forward and backward pass, its tokens counted: real ones, padded ones, Σ L² for attention."""
-        counted = batch_sizes(inputs)
-        began = time.perf_counter()
+        """One forward and backward pass, metered: its texts and tokens, real ones and padded ones, its FLOPs."""
+        counted = metered(self.counted, *batch_sizes(inputs), self.args.activation_checkpointing)
+        self.pass_began = self.clock()
         loss = super().training_step(model, inputs, *args)
         if not torch.isfinite(loss):
             raise ModelError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate"
             )
-        counted["compute_seconds"] = time.perf_counter() - began
+        self.pass_began = self.spent("backward_seconds", self.pass_began)
         for key, value in counted.items():
             self.step_now[key] = self.step_now.get(key, 0) + value
         return loss
@@ -133,27 +183,37 @@ class Metered:
 MASKS = {"attention_mask", "chosen_attention_mask", "rejected_attention_mask"}
 
 
-def batch_sizes(inputs: dict[str, Any]) -> dict[str, int]:
-    """Tokens, positions with padding and Σ L² of one batch, padded or packed; of a pair both texts count."""
+def batch_sizes(inputs: dict[str, Any]) -> tuple[list[int], int]:
+    """Lengths in tokens of a batch's texts, padded or packed, and its positions with padding; a pair is two texts."""
     if "position_ids" in inputs:
         lengths, positions = packed_lengths(inputs["position_ids"]), inputs["input_ids"].numel()
     else:
         masks = [v for k, v in inputs.items() if k in MASKS]
         lengths = torch.cat([mask.sum(dim=1) for mask in masks])
         positions = sum(mask.numel() for mask in masks)
-    lengths = lengths.long()
+    return lengths.long().tolist(), positions
+
+
+def metered(flops: ModelFlops, lengths: list[int], positions: int, recomputed: bool) -> dict[str, float]:
+    """One batch in the meter's words: what it holds, its model FLOPs (all, forward), and what the hardware did."""
+    # TRL's chunked loss computes the logits a second time
+    again = 2 * flops.head * (positions + flops.virtual * len(lengths))
     return {
-        "tokens": int(lengths.sum()),
+        "tokens": sum(lengths),
         "padded_tokens": positions,
-        "squares": int((lengths * lengths).sum()),
+        "squares": sum(n * n for n in lengths),
+        "rows": len(lengths),
+        "flops": flops.total(lengths),
+        "forward_flops": flops.total(lengths, forward_only=True),
+        "hardware_flops": flops.hardware(lengths, positions, recomputed) + again,
     }
 
 
 class Live(TrainerCallback):
     """Shows each step, keeps its log, and says which checkpoints are whole."""
 
-    def __init__(self, trainer: Any, bar: show.Progress, counted: ModelFlops, peak: float) -> None:
-        self.trainer, self.bar, self.counted, self.peak = trainer, bar, counted, peak
+    def __init__(self, trainer: Any, bar: show.Progress, peak: float) -> None:
+        self.trainer, self.bar, self.peak = trainer, bar, peak
         self.log = Path(trainer.args.output_dir) / LOG
         self.process, self.seen = psutil.Process(), []
 
@@ -161,6 +221,10 @@ class Live(TrainerCallback):
         """Start the clock."""
         self.began = time.perf_counter()
         self.bar.update(state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are clipped and weights updated."""
+        self.trainer.spent("optimizer_seconds", self.trainer.pass_began)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
@@ -171,8 +235,15 @@ class Live(TrainerCallback):
         now = time.perf_counter()
         step = self.trainer.step_now
         step["seconds"], self.began = now - self.began, now
-        step["mfu"] = self.counted.total(step["tokens"], step["squares"]) / step["seconds"] / self.peak
+        for part in PARTS:  # a trainer with a loss of its own does not say when its forward pass ends
+            step.setdefault(f"{part}_seconds", 0.0)
+        step["idle_seconds"] = step["seconds"] - sum(step[f"{part}_seconds"] for part in PARTS)
+        step["mfu"] = step["flops"] / step["seconds"] / self.peak
         step["memory_mb"] = round(memory_mb(self.process), 1)
+        with contextlib.suppress(
+            ImportError, RuntimeError
+        ):  # no driver that tells, or not its Python package
+            step |= {"watts": torch.cuda.power_draw() / 1000} if torch.cuda.is_available() else {}
         self.trainer.meter.append(dict(step))
         step.clear()
         entry = {"step": state.global_step, **logs, **self.trainer.meter[-1]}
@@ -213,7 +284,10 @@ def resume_meter(folder: Path, step: int) -> list[dict[str, Any]]:
     return [{k: e[k] for k in METER} for e in kept]
 
 
-METER = ("tokens", "padded_tokens", "squares", "compute_seconds", "seconds", "mfu", "memory_mb")
+PARTS = ("data", "forward", "backward", "optimizer")
+"""Where a step's seconds go; the rest is idle (logging, checkpoints, the libraries' own bookkeeping)."""
+SUMMED = ("tokens", "padded_tokens", "squares", "rows", "flops", "forward_flops", "hardware_flops")
+METER = (*SUMMED, "seconds", "mfu", "memory_mb", "idle_seconds", *(f"{part}_seconds" for part in PARTS))
 
 
 def run(trainer: Any, label: str) -> dict[str, Any]:
@@ -227,11 +301,17 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
     last = last_checkpoint(folder)
     done = int(last.name.rpartition("-")[2]) if last else 0
     trainer.step_now, trainer.meter = {}, resume_meter(folder, done)
-    counted, peak_rate = model_flops(trainer.model), machine_peak(ran_in(trainer))
+    trainer.counted, peak_rate = model_flops(trainer.model), machine_peak(ran_in(trainer))
     if done:
         print(f"{label}: goes on after step {done} of {trainer.args.max_steps}, from {last.name}")
-    with quiet(), show.progress(trainer.args.max_steps, label, "steps") as bar, peak_memory() as peak:
-        trainer.add_callback(Live(trainer, bar, counted, peak_rate))
+    made = getattr(trainer.model, "recipe", None) or fast.STOCK
+    with (
+        quiet(made["loss_tile"]),
+        fast.prepared(trainer.model, made),
+        show.progress(trainer.args.max_steps, label, "steps") as bar,
+        peak_memory() as peak,
+    ):
+        trainer.add_callback(Live(trainer, bar, peak_rate))
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -246,18 +326,24 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
                     else "no checkpoint was whole yet"
                 )
             ) from None
-    total = {key: sum(m[key] for m in trainer.meter) for key in ("tokens", "padded_tokens", "squares")}
+    total = {key: sum(m[key] for m in trainer.meter) for key in SUMMED}
     seconds = sum(m["seconds"] for m in trainer.meter)
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         **total,
         "padding_share": round(1 - total["tokens"] / total["padded_tokens"], 4),
         "train_seconds": round(seconds, 3),
+        "seconds_a_step": {
+            part: round(sum(m[f"{part}_seconds"] for m in trainer.meter) / len(trainer.meter), 4)
+            for part in (*PARTS, "idle")
+        },
         "tokens_per_s": round(total["tokens"] / seconds, 2),
         "peak_rss_mb": peak["mb"],
-        **flops_metrics(counted, total, trainer.args.activation_checkpointing),
-        "mfu": round(counted.total(total["tokens"], total["squares"]) / seconds / peak_rate, 4),
+        "flops_per_token": total["flops"] / total["tokens"],
+        "flops_convention": trainer.counted.convention,
+        "mfu": round(total["flops"] / seconds / peak_rate, 4),
         "peak_flops_per_s": peak_rate,
+        "datasheet_flops_per_s": datasheet_peak(ran_in(trainer)),
         "resumed_at": done,
         "trainable": models.describe(trainer.model)["trainable"],
         "what_ran": what_ran(trainer),
@@ -282,22 +368,9 @@ def ran_in(trainer: Any) -> str:
     return "bfloat16" if trainer.args.bf16 else models.computes_in(trainer.model)
 
 
-def flops_metrics(counted: ModelFlops, total: dict[str, int], recomputed: bool) -> dict[str, Any]:
-    """Model FLOPs of the run (forward, backward) and per token, with the convention; and what the hardware did."""
-    flops = counted.total(total["tokens"], total["squares"])
-    forward = counted.total(total["tokens"], total["squares"], forward_only=True)
-    # what runs beside the model FLOPs: padded positions, and the logits a second time in TRL's chunked loss
-    hardware = counted.weights * total["padded_tokens"] + counted.attention * total["squares"] / 2
-    hardware += 2 * counted.head * total["padded_tokens"]
-    # checkpointed activations: all layers' forward pass once more, the head's not
-    hardware += (forward - 2 * counted.head * total["tokens"]) * recomputed
-    return {
-        "flops": flops,
-        "forward_flops": forward,
-        "hardware_flops": hardware,
-        "flops_per_token": flops / total["tokens"],
-        "flops_convention": counted.convention,
-    }
+def datasheet_peak(dtype: str) -> float | None:
+    """What the GPU's data sheet says it computes in `dtype`, dense; None for a CPU and a GPU that is not in the table."""
+    return peak_of(torch.cuda.get_device_name(), dtype) if torch.cuda.is_available() else None
 
 
 def what_ran(trainer: Any) -> dict[str, Any]:
@@ -309,6 +382,8 @@ def what_ran(trainer: Any) -> dict[str, Any]:
         "trainer": next(c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")),
         "autocast": "bfloat16" if trainer.args.bf16 else "none",
         "checkpointing": bool(trainer.args.activation_checkpointing),
+        "compiled": bool(getattr(trainer.model, "recipe", fast.STOCK)["compile"]),
+        "batch": trainer.args.per_device_train_batch_size,
         "gradient_accumulation": trainer.args.gradient_accumulation_steps,
         "processes": trainer.args.world_size,
         "parallelism": "none" if trainer.args.world_size == 1 else str(trainer.accelerator.distributed_type),
@@ -336,14 +411,15 @@ def steps_table(trainer: Any) -> pa.Table:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' bars and prints out of notebooks; make TRL's loss tiles fit a CPU's cache."""
+def quiet(loss_tile: int = 0) -> Iterator[None]:
+    """Keep the libraries' bars and prints out of notebooks; set the tile of TRL's loss, in vocabulary entries."""
     from transformers import trainer as hf_trainer
 
     tile, shown = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE, hf_trainer.PrinterCallback.on_log
     datasets.disable_progress_bars()
-    if not torch.cuda.is_available():
-        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = CPU_TILE
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = loss_tile or (
+        tile if torch.cuda.is_available() else fast.CPU_TILE
+    )
     hf_trainer.PrinterCallback.on_log = lambda *args, **kwargs: None
     try:
         with warnings.catch_warnings():

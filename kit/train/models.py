@@ -54,12 +54,12 @@ def locate(name: str) -> tuple[str, bool]:
     Raises `ModelError` for a shipped model not fetched yet, a folder that is missing or holds no safetensors,
     and a name that can be neither a folder nor a hub id.
     """
-    if name == shipped.SHIPPED:
-        if not (shipped.CACHE / shipped.FOLDER / "config.json").exists():
+    if name in shipped.PACKAGES:
+        if not shipped.PACKAGES[name].here:
             raise ModelError(
                 f"the shipped model is not here yet: run '{shipped.FETCH}' once, with the network"
             )
-        return str(shipped.CACHE / shipped.FOLDER), True
+        return str(shipped.CACHE / shipped.PACKAGES[name].folder), True
     folder = Path(resolve(name))
     if folder.suffix == ".gguf":
         return str(_from_gguf(folder, name)), True
@@ -93,7 +93,7 @@ def _from_gguf(file: Path, name: str) -> Path:
     return target
 
 
-def _open(opener: Any, name: str, trust_remote_code: bool = False, **options: Any) -> Any:
+def open_pretrained(opener: Any, name: str, trust_remote_code: bool = False, **options: Any) -> Any:
     """`opener.from_pretrained`, with every failure a person can meet as one line."""
     source, local = locate(name)
     transformers_logging.disable_progress_bar()
@@ -113,7 +113,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     A model whose padding is its end token can be trained never to stop. What was chosen is kept in the
     tokenizer's `pad_note` and printed by the stages. Raises `ModelError`.
     """
-    tokenizer = _open(AutoTokenizer, name, trust_remote_code)
+    tokenizer = open_pretrained(AutoTokenizer, name, trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of '{name}' has no end token: a model tuned with it would never stop"
@@ -157,7 +157,9 @@ def load_model(
     if quantization != "none" and not rest:
         model = quantised(source, quantization, wanted, **options)
     else:
-        model = _open(AutoModelForCausalLM, source, dtype=torch.float32 if rest else wanted, **options)
+        model = open_pretrained(
+            AutoModelForCausalLM, source, dtype=torch.float32 if rest else wanted, **options
+        )
         for folder in rest:
             was = tuned_on(folder)
             if was["quantization"] != "none":
@@ -185,7 +187,7 @@ def quantised(name: str, kind: str, dtype: torch.dtype, **options: Any) -> PreTr
         settings = {**settings, "bnb_4bit_compute_dtype": dtype}
     config = BitsAndBytesConfig(**settings)
     where = {"": device()}
-    model = _open(
+    model = open_pretrained(
         AutoModelForCausalLM, name, dtype=dtype, quantization_config=config, device_map=where, **options
     )
     for module in model.modules():

