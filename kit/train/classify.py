@@ -218,7 +218,11 @@ def launch(folder: Path, job: Job, ranks: int, bar: Progress) -> list[dict[str, 
             for process in (*psutil.Process(run.pid).children(recursive=True), run):
                 process.kill()
             raise
-    if run.returncode or not (folder / parallel.REPORT).exists():
+    if run.returncode and (folder / parallel.REPORT).exists():
+        bar.note(
+            f"{job.strategy}: done, but a rank ended badly afterwards ({cause(folder, log.read_text())})"
+        )
+    if not (folder / parallel.REPORT).exists():  # written when every rank has trained and saved
         raise ModelError(
             f"{job.strategy} on {ranks} ranks stopped: {cause(folder, log.read_text(errors='replace'))}"
         )
@@ -328,7 +332,8 @@ def predicted(
     if not torch.cuda.is_available():
         slower = min(slower, (os.cpu_count() or 1) / (ranks * job.threads))
     links = Links(**{**made["links"], "flops_per_s": slower})
-    return predict(work, links, job.strategy, ranks, job.tensor).speed_up
+    # over one process that has a core to itself
+    return slower * predict(work, links, job.strategy, ranks, job.tensor).speed_up
 
 
 def _flat(report: dict[str, Any]) -> dict[str, Any]:

@@ -414,6 +414,7 @@ def main(folder: Path) -> None:
         dist.all_gather_object(reports, mine)
         if rank == 0:
             (folder / REPORT).write_text(json.dumps(reports), encoding="utf-8")
+        dist.barrier()  # nobody hangs up while another still talks: gloo would abort it
         dist.destroy_process_group()
     except BaseException:
         (folder / f"rank-{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
