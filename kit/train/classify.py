@@ -69,7 +69,8 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         counted = begin(p, tokenizer, folder / parallel.START)
         encoded = encode(tokenizer, [text for text, _ in train], p.max_tokens)
         parallel.save_rows(folder / parallel.ROWS, encoded, [label for _, label in train])
-        reached = {i for step in schedule(p, encoded) for i in step}
+        steps = schedule(p, encoded)
+        reached, lengths = {i for step in steps for i in step}, [[len(encoded[i]) for i in s] for s in steps]
         config = AutoConfig.from_pretrained(folder / parallel.START)
         ways = {name: jobs(p, name) for name in ("one", *p.strategies)}
         for name, (job, ranks) in ways.items():
@@ -79,13 +80,13 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
             for name, (job, ranks) in ways.items():
                 report = launch(folder, job, ranks, bar)
                 found = score(p, folder, tokenizer, held, folder / f"model-{name}")
-                made.append(row(name, job, report, found, counted, [len(ids) for ids in encoded]))
+                made.append(row(name, job, report, found, counted, lengths))
                 losses[name] = report[0]["checked"] + report[0]["losses"]
                 reports += report
         one = made[0]
         for m in made:
             m["speed_up"] = one["seconds"] / m["seconds"]
-            m["predicted"] = predicted(ways[m["strategy"]], m, one, config, [len(ids) for ids in encoded])
+            m["predicted"] = predicted(ways[m["strategy"]], m, one, config, lengths)
             m["loss_difference"] = max(
                 abs(a - b) for a, b in zip(losses[m["strategy"]][: p.check_steps], losses["one"])
             )
@@ -234,8 +235,9 @@ def cause(folder: Path, log: str) -> str:
     killed = re.findall(r"rank\s*: (\d+) .*?\n\s*exitcode\s*: -(\d+)", log)
     killed = [(rank, number) for rank, number in killed if int(number) != signal.SIGTERM]
     if killed:
-        why = "killed, most likely for want of memory" if int(killed[0][1]) == signal.SIGKILL else "died"
-        return f"rank {killed[0][0]} was {why} (signal {killed[0][1]})"
+        sent = int(killed[0][1]) == signal.SIGKILL
+        why = "was killed, most likely for want of memory" if sent else "crashed"
+        return f"rank {killed[0][0]} {why} (signal {killed[0][1]})"
     errors = sorted(folder.glob("rank-*.error"), key=lambda f: f.stat().st_mtime_ns)
     if errors:
         return f"{errors[0].stem.replace('-', ' ')}: {errors[0].read_text(encoding='utf-8').strip().splitlines()[-1]}"
@@ -275,12 +277,11 @@ def row(
     report: Sequence[dict[str, Any]],
     accuracy: float,
     counted: ModelFlops,
-    lengths: Sequence[int],
+    steps: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """One way as one row. Times and FLOPs are of the same steps: all but warm-up and the one that was profiled."""
+    """One way as one row; `steps`: the lengths in tokens of each one's rows. Times and FLOPs are of the same steps: all but warm-up and the one that was profiled."""
     seconds = report[0]["seconds"]
     timed = parallel.timed(len(seconds))
-    steps = [[lengths[i] for i in step] for step in steps_of(lengths, job.rows, job.steps, job.seed)]
     tokens = sum(sum(steps[i]) for i in timed)
     flops = sum(counted.total(steps[i]) for i in timed)
     spent, peak = sum(seconds[i] for i in timed), sum(r["peak_flops_per_s"] for r in report)
@@ -308,19 +309,17 @@ def predicted(
     made: dict[str, Any],
     one: dict[str, Any],
     config: PretrainedConfig,
-    lengths: Sequence[int],
+    steps: Sequence[Sequence[int]],
 ) -> float:
     """The speed-up that `kit.train.scaling` would have said, from one process's step and the links measured by these.
 
     Arithmetic is taken to be slower by as much as a matmul is while all processes compute, or as there are fewer cores
-    than threads.
-    Embeddings, biases and norms that no rank divides are taken to be divided.
+    than threads. Embeddings, biases and norms that no rank divides are taken to be divided.
     """
     job, ranks = way
     if ranks == 1:
         return 1.0
-    steps = list(steps_of(lengths, job.rows, job.steps, job.seed))
-    longest = [-(-max(lengths[i] for i in step) // parallel.PAD_TO) * parallel.PAD_TO for step in steps]
+    longest = [parallel.padded(max(step)) for step in steps]
     work = Work(
         parameters=one["parameters_a_rank"], trained=one["parameters_a_rank"], layers=config.num_hidden_layers,
         heads=config.num_attention_heads, hidden=config.hidden_size, tokens=sum(map(sum, steps)) / len(steps),

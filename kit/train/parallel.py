@@ -259,6 +259,11 @@ def steps_of(lengths: Sequence[int], rows: int, steps: int, seed: int) -> Iterat
             made += 1
 
 
+def padded(length: int) -> int:
+    """The length that a batch is given whose longest row has `length` tokens."""
+    return -(-length // PAD_TO) * PAD_TO
+
+
 class Data:
     """The encoded rows of a job: `input_ids` one behind the other, their `lengths`, and `labels`."""
 
@@ -269,7 +274,7 @@ class Data:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Rows as [rows, length] tensors, padded to a multiple of `PAD_TO`."""
-        length = -(-max(self.lengths[i] for i in rows) // PAD_TO) * PAD_TO
+        length = padded(max(self.lengths[i] for i in rows))
         ids, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(2))
         for row, i in enumerate(rows):
             ids[row, : self.lengths[i]], mask[row, : self.lengths[i]] = self.ids[i], 1
@@ -423,3 +428,7 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    # all is written; on the way out torch 2.13 at times destroys a thread that still runs, and aborts ("terminate called
+    # without an active exception", after the profiler has run with gloo)
+    sys.stdout.flush()
+    os._exit(0)
