@@ -23,15 +23,16 @@ install: .venv/.installed
 demo: install  ## the newcomer's run: the whole chain on the sample crawl
 	$(BIN)/kit run params/demo.yaml
 
+# two processes, of which one starts Spark; the smoke chain and every notebook are among the tests
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
 test: install  ## lint, unit tests, every notebook, the smoke chain
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest --nbval-lax notebooks
+	$(PYTEST) -m "not slow"
 
-test-all: install  ## the same with the slow tests
+test-all: install  ## the same with the slow tests, which take an hour
 	$(MAKE) lint
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax notebooks
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .
@@ -40,7 +41,7 @@ lint: install
 lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
-notebooks: install  ## run every notebook on the sample and commit its outputs, cleaned
+notebooks: install  ## run the notebooks whose code has changed on the sample; commit their outputs, cleaned
 	$(BIN)/python -m kit.refresh notebooks
 
 samples: install  ## rebuild the sample crawl, byte for byte

@@ -469,6 +469,7 @@ def _closure(modules: set[str]) -> set[str]:
     return seen
 
 
+@functools.cache  # a module is read for every stage that reaches it
 def _kit_imports(source: str) -> set[str]:
     """Names of kit modules that `source` imports, at any depth of its code."""
     found: set[str] = set()

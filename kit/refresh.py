@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import cost
-from kit.lake import Lake, Manifest
+from kit.lake import Lake, Manifest, source_sha256
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER, execution
@@ -21,7 +21,10 @@ from kit.show import stderr_to
 
 
 def refresh_notebooks(*numbers: str) -> None:
-    """Run every notebook (or those of `numbers`) on its defaults and write it back with its outputs, cleaned.
+    """Run the notebooks of `numbers` (none: those whose code has changed) on their defaults; write their outputs, cleaned.
+
+    `outputs_of` in a notebook's metadata is the hash of the code that made its outputs; `make test` runs a notebook
+    whole only where that is no longer the code that stands here.
 
     Dropped: execution times, papermill's and widgets' metadata, the widgets themselves (a viewer without a
     kernel cannot show them; the static table beside each stays) and the progress lines of other notebooks.
@@ -29,9 +32,12 @@ def refresh_notebooks(*numbers: str) -> None:
     import nbformat
     from nbclient import NotebookClient
 
-    for name in (n for n in NOTEBOOKS if not numbers or n[:2] in numbers):
-        path = FOLDER / f"{name}.ipynb"
+    for name in NOTEBOOKS:
+        path, code = FOLDER / f"{name}.ipynb", source_sha256(name)
         notebook = nbformat.read(path, as_version=4)
+        unchanged = notebook.metadata.get("outputs_of") == code
+        if name[:2] not in numbers if numbers else unchanged:
+            continue
         print(f"{name} …", flush=True)
         with tempfile.TemporaryDirectory() as folder, stderr_to(Path(folder) / "kernel.log"):
             NotebookClient(
@@ -40,6 +46,7 @@ def refresh_notebooks(*numbers: str) -> None:
         notebook.metadata = {
             "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
+            "outputs_of": code,
         }
         for cell in notebook.cells:
             cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}

@@ -8,14 +8,68 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from filelock import FileLock
+from support import kit
 
 from kit import ROOT
 from kit.lake import Lake
 from kit.params import BuildDatasets, Deduplicate, ExploreIndex, ExtractText, RefineText
+
+# two test processes share two cores; whatever they start inherits it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SPARK = {
+    "augment",
+    "balance",
+    "boilerplate",
+    "datasets",
+    "dedup",
+    "extract",
+    "job",
+    "refine",
+    "rows",
+    "spark",
+}
+"""Test modules that run Spark in this process: they stay together, so that one process starts one JVM."""
+
+
+def group_of(nodeid: str) -> str:
+    """What stays together in one test process: a module, all modules that run Spark, one notebook under nbval."""
+    file, _, name = nodeid.partition("::")
+    module = Path(file).stem.removeprefix("test_")
+    if name.startswith("test_nbval["):
+        return name
+    return "spark" if module in SPARK else module
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The chain first, in one process; then what does not wait for it, for the other; notebooks under nbval last."""
+    waits = {group_of(item.nodeid) for item in items if "chain" in getattr(item, "fixturenames", ())}
+
+    def order(item: pytest.Item) -> tuple[bool, bool, bool]:
+        group = group_of(item.nodeid)
+        return group != "chain", group in waits, group.startswith("test_nbval[")
+
+    items.sort(key=order)  # stable: a module's own order stays
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is nothing to share out
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups as `group_of` says: xdist's own `--dist loadgroup` finds no group under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
 
 SAMPLE = ROOT / "data_samples"
 REAL = ROOT.parent / "shared" / "data"
@@ -41,12 +95,40 @@ def crawl_planted() -> dict[str, list[dict]]:
     return found
 
 
+@dataclass(frozen=True)
+class Chain:
+    """One run of the smoke recipe: where its lake is, from which folder it was started, what it printed."""
+
+    lake: Lake
+    folder: Path
+    printed: str
+    run: str = "sample"
+
+
 @pytest.fixture(scope="session")
-def data_lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The smoke recipe, run once for all tests and all their processes, as a newcomer starts it. Read only.
+
+    Its data half has every parameter at its default, so stages 10–50 are also what a notebook makes of the sample.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared
+    folder, printed = shared / "elsewhere", shared / "chain.json"
+    with FileLock(shared / "chain.lock"):  # the second process waits, and finds it done
+        if not printed.exists():
+            folder.mkdir()
+            recipe = str(ROOT / "params" / "smoke.yaml")
+            ended = kit("run", recipe, "--lake", "mylake", "-p", f"run={Chain.run}", cwd=folder, offline=True)
+            printed.write_text(json.dumps(ended), encoding="utf-8")
+    status, out, err = json.loads(printed.read_text(encoding="utf-8"))
+    assert status == 0, out + err
+    return Chain(Lake(str(folder / "mylake")), folder, out)
+
+
+@pytest.fixture(scope="session")
+def data_lake(chain: Chain) -> Lake:
     """A lake whose run `sample` has stages 10–50 of the sample crawl, all with their defaults. Read only."""
-    lake = Lake(str(tmp_path_factory.mktemp("lake")))
-    run_data_stages(lake, "sample", cores=2)
-    return lake
+    return chain.lake
 
 
 def run_data_stages(lake: Lake, run: str, until: str = "50", **values) -> None:

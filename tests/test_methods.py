@@ -35,6 +35,7 @@ def reviews(data_lake):
     return tokenizer, train, prepare(data_lake.table(data, "heldout").to_pylist()[:8], tokenizer, 64)
 
 
+@pytest.mark.slow  # the shipped model, seven times: in make test, test_sft trains a tiny one by every method
 @pytest.mark.parametrize("method", NAMES)
 def test_the_held_out_loss_on_the_samples_reviews_falls_below_the_bases(reviews, method, tmp_path):
     tokenizer, train, heldout = reviews

@@ -1,12 +1,28 @@
-"""Committed notebooks: thin, clean, with outputs, and in step with `kit.params`. nbval runs them (`make test`)."""
+"""Notebooks: thin, clean, in step with `kit.params`, their outputs made by today's code; and all of them run.
+
+The main chain runs once, by papermill (the fixture `chain`); the side trips run under nbval on the chain's lake. Those
+that only count data run with their defaults, so their checked output must be the committed one. Those that train run
+with the few steps of `params/smoke.yaml` as long as their committed outputs were made by the code that stands here
+(`make notebooks` leaves its hash in their metadata); where the code has changed since, nbval runs them whole.
+"""
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import nbformat
 import pytest
+import yaml
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from kit import ROOT, params
+from kit.lake import source_sha256
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # a machine's own paths and hosts have no business in a committed output
@@ -48,6 +64,7 @@ def test_cells_are_thin_and_define_nothing(notebook):
 
 
 def test_metadata_is_clean(notebook):
+    assert re.fullmatch("[0-9a-f]{64}", notebook["metadata"].pop("outputs_of"))
     assert notebook["metadata"] == {
         "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -79,3 +96,56 @@ def test_the_first_cell_is_a_card(notebook):
         first.startswith(f"# {notebook['stem'][:2]} · ")
         and "| reads | writes | time | memory | cost | before | after |" in first
     )
+
+
+SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
+DATA = [stem for stem in params.NOTEBOOKS if stem < "60"]
+
+
+def checked_text(notebook: dict) -> list[str]:
+    """What the cell that nbval checks shows."""
+    (cell,) = [c for s, c in code(notebook) if s.startswith("# NBVAL_CHECK_OUTPUT")]
+    return ["".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell["outputs"]]
+
+
+@pytest.mark.parametrize("stem", [stem for stem in params.STAGES if stem in DATA])
+def test_the_chain_shows_what_is_committed(chain, stem):
+    executed = Path(chain.lake.root, "reports", chain.run, "notebooks", f"{stem}.ipynb")
+    committed = (ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8")
+    assert checked_text(json.loads(executed.read_text(encoding="utf-8"))) == checked_text(
+        json.loads(committed)
+    )
+
+
+def nbval_parameters(stem: str) -> dict | None:
+    """Parameters, beside the defaults, under which nbval is to run a notebook; None where it need not."""
+    committed = json.loads((ROOT / "notebooks" / f"{stem}.ipynb").read_text(encoding="utf-8"))
+    if stem in DATA or committed["metadata"]["outputs_of"] != source_sha256(stem):
+        return {}
+    known = params.NOTEBOOKS[stem].model_fields
+    return None if stem in params.STAGES else {k: v for k, v in SMOKE.items() if k in known and k != "run"}
+
+
+@pytest.mark.timeout(3000)  # a slow machine, and a notebook that runs whole
+@pytest.mark.parametrize("stem", [s for s in params.NOTEBOOKS if s not in DATA or s in params.SIDE_TRIPS])
+def test_nbval(chain, stem, tmp_path):
+    values = nbval_parameters(stem)
+    if values is None:
+        pytest.skip("unchanged since its outputs were made, and the chain has run it with fewer steps")
+    lake = shutil.copytree(chain.lake.root, tmp_path / "lake")
+    notebook = parameterize_notebook(
+        load_notebook_node(str(ROOT / "notebooks" / f"{stem}.ipynb")), {**values, "lake": str(lake)}
+    )
+    if values:  # other counts than the committed ones: every cell must run, none is compared
+        for cell in notebook.cells:
+            cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
+    copy = tmp_path / f"{stem}.ipynb"
+    nbformat.write(notebook, copy)
+    (tmp_path / "jobs").symlink_to(ROOT / "notebooks" / "jobs")  # 21 writes a job there and reads it again
+    words = ["-q", "--nbval-lax", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", copy]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words],
+        cwd=tmp_path, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
