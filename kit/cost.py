@@ -14,8 +14,7 @@ from typing import Any
 
 from kit import ROOT
 from kit.lake import Manifest
-from kit.params import Stage
-from kit.params.train import PASS_TOKENS
+from kit.params import CompareGenerations, Cores, Stage, Training
 
 REFERENCE = ROOT / "data_samples" / "reference_runs" / "rates.json"
 
@@ -53,21 +52,22 @@ def usd_per_million(seconds: float, units: float, usd_per_hour: float) -> float:
 
 def planned_units(p: Stage, pages: int) -> tuple[float, str]:
     """How much work a stage will be and in what: `pages` are those selected, training counts tokens."""
-    values = p.model_dump()
-    for prefix, rows_per_unit in (("sft", 1), ("dpo", 2)):
-        if f"{prefix}_steps" in values:
-            batch = values[f"{prefix}_batch_size"] or max(1, PASS_TOKENS // values["max_tokens"])
-            rows = values[f"{prefix}_steps"] * batch * rows_per_unit
-            return rows * values.get("gradient_accumulation", 1) * values["max_tokens"], "tokens at most"
-    if "prompts" in values:
-        return 3 * len(values["prompts"]) * values["max_new_tokens"], "new tokens"
-    return (pages, "pages") if p.stage[0] in "12345" else (1, "machine")
+    if trained := p.fits():
+        return sum(fit.all_tokens for fit in trained), "tokens at most"
+    if isinstance(p, CompareGenerations):  # by three models: base, tuned, aligned
+        return 3 * len(p.prompts) * p.max_new_tokens, "new tokens"
+    about_machine = isinstance(p, Training) or p.zone == "reports"
+    return (1, "machine") if about_machine else (pages, "pages")
 
 
 def measured_by_reference(p: Stage) -> bool:
     """Whether the reference run, which was made on defaults, ran the model and the method of `p`."""
-    fields = type(p).model_fields
-    return all(getattr(p, name) == fields[name].default for name in DECIDES if name in fields)
+    return deciding(p) == deciding(type(p)())
+
+
+def deciding(p: Stage) -> dict[str, Any]:
+    """Those of `DECIDES` that the stage has, with their values."""
+    return p.model_dump(include=set(DECIDES))
 
 
 def estimate(
@@ -88,7 +88,7 @@ def estimate(
         rate["memory_mb"],
         "reference run",
     )
-    if earlier and any(earlier.params.get(k) != getattr(p, k, None) for k in DECIDES):
+    if earlier and any(earlier.params.get(k) != value for k, value in deciding(p).items()):
         earlier = None
     before = earlier and planned_units(type(p)(**earlier.params), earlier.counts.records_in)[0]
     if earlier and before:
@@ -96,9 +96,9 @@ def estimate(
         per_unit, source = (earlier.seconds - fixed) / before, "this lake"
     elif planned:
         per_unit, memory_mb, source = planned[0] / units, round(planned[1]), planned[2]
-    elif cores := getattr(p, "cores", 0):
+    elif isinstance(p, Cores) and p.cores:
         made_on = reference().get("cores", 2)
-        per_unit, source = per_unit * made_on / cores, f"reference run, {made_on} → {cores} cores"
+        per_unit, source = per_unit * made_on / p.cores, f"reference run, {made_on} → {p.cores} cores"
     seconds = fixed + per_unit * units
     return Estimate(p.stage, work, round(seconds, 1), memory_mb, usd(seconds, p.usd_per_hour), source)
 

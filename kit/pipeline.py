@@ -238,9 +238,8 @@ def open_lake(p: Stage) -> Lake:
     """
     lake = Lake(p.lake)
     lake.check_writable()
-    chosen = getattr(p, "preferences_from", p.stage)  # a parameter may name one more
-    for name in dict.fromkeys((*p.needs, chosen)):
-        if name != p.stage and lake.manifest(p.run, name) is None:
+    for name in p.reads():
+        if lake.manifest(p.run, name) is None:
             shared = for_stage(NOTEBOOKS[name], p.model_dump())
             open_lake(shared)
             if lake.manifest(p.run, name) is None:  # a stage above may have made it on its way

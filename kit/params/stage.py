@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kit import KitError
+from kit.params.fit import Fit
 
 
 class ParamError(KitError):
@@ -71,6 +72,14 @@ class Stage(BaseModel):
             return cls(**values)
         except ValidationError as error:
             raise ParamError("; ".join(_explain(cls, e) for e in error.errors())) from None
+
+    def reads(self) -> tuple[str, ...]:
+        """Stages whose committed result this one reads with these parameters: `needs`, and what a parameter adds."""
+        return self.needs
+
+    def fits(self) -> tuple[Fit, ...]:
+        """What the stage trains, one `Fit` each, in the order in which it does; none where it trains nothing."""
+        return ()
 
     def identity(self) -> dict[str, Any]:
         """The parameters that decide what comes out: not where it is kept, what an hour costs, how fast one asks."""

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from kit.params.fit import Fit
 from kit.params.stage import PATH, Stage, Strings
 
 Method = Literal["full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix"]
@@ -88,6 +89,22 @@ class FinetuneSft(Tuning):
         0, description="steps between checkpoints; a run that is killed goes on from its last; 0 = none", ge=0
     )
 
+    def fits(self) -> tuple[Fit]:
+        """The adapter, or all weights."""
+        return (
+            Fit(
+                "sft",
+                rows=self.sft_batch_size or max(1, PASS_TOKENS // self.max_tokens),
+                steps=self.sft_steps,
+                batch_field="sft_batch_size",
+                tokens=self.max_tokens,
+                learning_rate=self.sft_learning_rate,
+                accumulation=self.gradient_accumulation,
+                fill_memory=not self.sft_batch_size,
+                checkpoint_steps=self.checkpoint_steps,
+            ),
+        )
+
 
 class ComparePeft(Adapting):
     """61: every way to tune, on the same rows with the same budget."""
@@ -131,6 +148,26 @@ class ContinuePretraining(Training):
     )
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
+    def fits(self) -> tuple[Fit, Fit]:
+        """The model from scratch, and the one that goes on from `base_model`."""
+        scratch = Fit(
+            "scratch",
+            rows=self.pretrain_batch_size,
+            steps=self.pretrain_steps,
+            batch_field="pretrain_batch_size",
+            tokens=self.max_tokens,
+            learning_rate=self.pretrain_learning_rate,
+        )
+        continued = Fit(
+            "model",
+            rows=self.continue_batch_size,
+            steps=self.continue_steps,
+            batch_field="continue_batch_size",
+            tokens=self.max_tokens,
+            learning_rate=self.continue_learning_rate,
+        )
+        return scratch, continued
+
 
 class ClassifySentiment(Stage):
     """63: a review's label, trained under four kinds of parallelism."""
@@ -159,6 +196,20 @@ class ClassifySentiment(Stage):
     classify_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
     check_steps: int = Field(2, description="steps in float32 beforehand, whose losses are compared", ge=1)
 
+    def fits(self) -> tuple[Fit]:
+        """The classifier; every way of sharing the work trains the same one."""
+        return (
+            Fit(
+                "classifier",
+                rows=self.classify_batch_size,
+                steps=self.classify_steps,
+                batch_field="classify_batch_size",
+                tokens=self.max_tokens,
+                learning_rate=self.classify_learning_rate,
+                accumulation=self.gradient_accumulation,
+            ),
+        )
+
 
 class AlignDpo(Tuning):
     """70: adapter → aligned."""
@@ -182,6 +233,26 @@ class AlignDpo(Tuning):
     sweep_betas: Strings = Field(
         ["1.0"], description="other values of dpo_beta to train beside it, for a figure"
     )
+
+    def reads(self) -> tuple[str, ...]:
+        """`needs`, and where the pairs come from."""
+        return tuple(dict.fromkeys((*self.needs, self.preferences_from)))
+
+    def fits(self) -> tuple[Fit]:
+        """The policy; a row is a pair of texts."""
+        return (
+            Fit(
+                "policy",
+                rows=self.dpo_batch_size,
+                steps=self.dpo_steps,
+                batch_field="dpo_batch_size",
+                tokens=self.max_tokens,
+                learning_rate=self.dpo_learning_rate,
+                texts=2,
+                accumulation=self.gradient_accumulation,
+                reference=self.preference_loss != "orpo",
+            ),
+        )
 
 
 class RewardAndPolicy(Tuning):
@@ -209,6 +280,33 @@ class RewardAndPolicy(Tuning):
         32, description="held-out pairs that score the reward model, at most", ge=1
     )
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+    def fits(self) -> tuple[Fit, Fit]:
+        """The reward model, a row of which is a pair; and the policy, a row of which is the answers to one prompt."""
+        reward = Fit(
+            "reward",
+            rows=self.reward_batch_size,
+            steps=self.reward_steps,
+            batch_field="reward_batch_size",
+            tokens=self.reward_tokens,
+            learning_rate=self.reward_learning_rate,
+            texts=2,
+            accumulation=self.gradient_accumulation,
+        )
+        policy = Fit(
+            "policy",
+            rows=self.policy_prompts,
+            steps=self.policy_steps,
+            batch_field="policy_prompts",
+            tokens=self.reward_tokens,  # a prompt leaves room there for its answer
+            learning_rate=self.policy_learning_rate,
+            texts=self.policy_generations,
+            accumulation=self.gradient_accumulation,
+            reference=self.policy_kl_beta > 0,
+            judged=True,
+            written=self.policy_tokens,
+        )
+        return reward, policy
 
 
 class ConstitutionalFeedback(Training):
@@ -264,6 +362,19 @@ class Distill(Training):
     distill_tokens: int = Field(32, description="length of a text the student writes", ge=1)
     eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
+    def fits(self) -> tuple[Fit]:
+        """The student; those that learn in other ways differ in what they see, not in how much."""
+        return (
+            Fit(
+                "student",
+                rows=self.distill_batch_size,
+                steps=self.distill_steps,
+                batch_field="distill_batch_size",
+                tokens=self.max_tokens,
+                learning_rate=self.distill_learning_rate,
+            ),
+        )
+
 
 class MergeAndExport(Training):
     """74: adapter into base, sharded, reloaded, compared, served."""
@@ -281,6 +392,10 @@ class MergeAndExport(Training):
     serve: bool = Field(True, description="serve the result once and ask it, as a client would")
     export_tokens: int = Field(24, description="length of the answers that are compared", ge=1)
     export_rows: int = Field(4, description="held-out rows whose answers are compared with the truth", ge=1)
+
+    def reads(self) -> tuple[str, ...]:
+        """`needs`, and the last stage whose weights are merged."""
+        return tuple(dict.fromkeys((*self.needs, self.export_from)))
 
 
 class BenchmarkTraining(Training):
