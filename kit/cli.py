@@ -236,9 +236,11 @@ def _estimate(args: argparse.Namespace) -> int:
 def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
     """Stage 60 on several GPUs under each parallel strategy: a table of memory, one of time, the model they follow."""
     from kit.train import plan, scaling
+    from kit.train.machine import GPUS
+    from kit.train.setup import resolve
 
-    machine, ranks = plan.GPUS[args.gpu.lower()], args.gpus * args.nodes
-    work, reached = scaling.work_of(p, machine), plan.EFFICIENCY["gpu"]
+    machine, ranks = GPUS[args.gpu.lower()], args.gpus * args.nodes
+    work, reached = scaling.work_of(resolve(p, machine=machine)), plan.EFFICIENCY["gpu"]
     inside, between = scaling.GB_PER_S[args.gpu.lower()], args.network_gbps / 8
     links = scaling.Links(inside, between, machine.flops_per_s * reached, args.gpus)
     # groups within a node, as large as the model's heads allow
@@ -294,13 +296,16 @@ def _planned(
     usual = [cost.measured_by_reference(p) for p in stages]
     if not gpu and all(usual):
         return {}, []
-    from kit.train import plan
+    from kit.train import machine as machines
+    from kit.train import models, plan
 
-    if gpu and gpu.lower() not in plan.GPUS:
-        raise ParamError(f"unknown GPU '{gpu}'{nearest(gpu, list(plan.GPUS))}; known: {', '.join(plan.GPUS)}")
+    known_gpus = list(machines.GPUS)
+    if gpu and gpu.lower() not in known_gpus:
+        raise ParamError(f"unknown GPU '{gpu}'{nearest(gpu, known_gpus)}; known: {', '.join(known_gpus)}")
     found, warnings = {}, []
     for p, known in zip(stages, usual, strict=True):
-        machine = plan.GPUS[gpu.lower()] if gpu else plan.this_machine(p)
+        here = None if gpu else machines.this_machine(models.pick_dtype(p.dtype))
+        machine = here or machines.GPUS[gpu.lower()]
         made, wrong = plan.foresee(p, machine)
         if made and (gpu or not known):
             found[p.stage] = (made.seconds, made.memory_mb, f"plan for {machine.name}")

@@ -9,7 +9,7 @@ from kit.measure import benchmark
 from kit.measure.benchmark import benchmark_training, cells
 from kit.params import ParamError
 from kit.train import fast
-from kit.train.loop import PARTS
+from kit.train.meter import PARTS
 from kit.train.methods import METHODS
 from kit.train.preference import align
 

@@ -7,7 +7,8 @@ from kit import ROOT, cost
 from kit.cli import main
 from kit.lake import Counts, Manifest
 from kit.params import STAGES, CompareGenerations, ExtractText, FinetuneSft
-from kit.train import plan, shipped
+from kit.train import machine as machines
+from kit.train import shipped
 
 RATES = {
     "machine": "m",
@@ -99,7 +100,8 @@ def test_the_experiments_are_estimated_offline(monkeypatch, capsys, tmp_path, re
 
 def test_a_machine_that_is_too_small_is_told_with_what_would_fit(monkeypatch, capsys, tmp_path):
     monkeypatch.undo()
-    monkeypatch.setattr(plan, "this_machine", lambda p: plan.Machine("x", 12_000.0, 3e11, 10.0, gpu=False))
+    small = machines.Machine("x", 12_000.0, 3e11, 10.0, gpu=False)
+    monkeypatch.setattr(machines, "this_machine", lambda dtype: small)
     path = ROOT / "params" / "dolly_llama3.yaml"
     assert main(["estimate", str(path), "--lake", str(tmp_path)]) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]

@@ -53,7 +53,7 @@ import json, sys, time
 from pathlib import Path
 import psutil
 from kit.train.consolidate import consolidate
-from kit.train.loop import peak_memory
+from kit.train.meter import peak_memory
 consolidate(Path(sys.argv[3]), Path(sys.argv[2] + "-warm"), 100)
 before = psutil.Process().memory_info().rss / 2**20
 with peak_memory(0.002) as peak:

@@ -11,44 +11,46 @@ from test_sft import make_lake, sft_params
 from trl import SFTConfig
 
 from kit.params import FinetuneSft
-from kit.train import fast, loop, models, plan, sft
+from kit.train import meter, models, plan, settings, sft
+from kit.train.machine import Machine
 from kit.train.methods import adapter_config
 from kit.train.models import ModelError
+from kit.train.setup import resolve
 from kit.train.sft import finetune
 
 
 def test_stock_is_what_trl_does_unasked(tmp_path):
     given = SFTConfig(output_dir=str(tmp_path), use_cpu=True)
-    assert given.bf16 is fast.STOCK["autocast"]
-    assert given.activation_checkpointing is fast.STOCK["activation_checkpointing"]
-    assert given.packing is fast.STOCK["packing"]
-    assert given.torch_compile is fast.STOCK["compile"]
-    assert str(given.optim.value) == fast.STOCK["optimizer"]
-    assert SFTConfig.dataloader_pin_memory is fast.STOCK["pin_memory"]
-    assert fast.STOCK["loss_tile"] == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert given.bf16 is settings.STOCK["autocast"]
+    assert given.activation_checkpointing is settings.STOCK["activation_checkpointing"]
+    assert given.packing is settings.STOCK["packing"]
+    assert given.torch_compile is settings.STOCK["compile"]
+    assert str(given.optim.value) == settings.STOCK["optimizer"]
+    assert SFTConfig.dataloader_pin_memory is settings.STOCK["pin_memory"]
+    assert settings.STOCK["loss_tile"] == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     model = trl.trainer.utils.create_model_from_path(tiny_model(), device_map=None)
-    assert str(model.dtype) == f"torch.{fast.STOCK['weights']}"
-    assert model.config._attn_implementation == fast.STOCK["attention"]
+    assert str(model.dtype) == f"torch.{settings.STOCK['weights']}"
+    assert model.config._attn_implementation == settings.STOCK["attention"]
     tuned = get_peft_model(model.to(torch.bfloat16), adapter_config(FinetuneSft()))
     layer = next(m for m in tuned.modules() if hasattr(m, "lora_A"))
     adapter = layer.lora_A["default"].weight  # in float32 over weights in bfloat16
     assert str(layer._cast_input_dtype(torch.zeros(1, dtype=torch.bfloat16), adapter.dtype).dtype) == (
-        f"torch.{fast.STOCK['adapter_inputs']}"
+        f"torch.{settings.STOCK['adapter_inputs']}"
     )
 
 
 def test_the_recipe_by_machine_and_method():
-    made = {(full, gpu): fast.settings(full=full, gpu=gpu, steps=500) for full in (0, 1) for gpu in (0, 1)}
-    assert all(set(m) == set(fast.STOCK) for m in made.values())
+    made = {(full, gpu): settings.recipe(full=full, gpu=gpu, steps=500) for full in (0, 1) for gpu in (0, 1)}
+    assert all(set(m) == set(settings.STOCK) for m in made.values())
     # frozen weights in bfloat16, trained ones never
     assert [made[k]["weights"] for k in ((0, 0), (0, 1))] == ["bfloat16"] * 2
     assert [made[k]["weights"] for k in ((1, 0), (1, 1))] == ["float32"] * 2
     assert [bool(m["autocast"]) for m in made.values()] == [False, True, True, True]
     assert [bool(m["compile"]) for m in made.values()] == [False, True, False, True]
-    assert not fast.settings(full=False, gpu=True, steps=8)["compile"]
-    assert fast.settings(full=False, gpu=False, compile_model="on")["compile"]
-    assert fast.settings(full=True, bf16=False)["autocast"] is False
-    assert fast.settings(full=False, gpu=False)["loss_tile"] < fast.STOCK["loss_tile"]
+    assert not settings.recipe(full=False, gpu=True, steps=8)["compile"]
+    assert settings.recipe(full=False, gpu=False, compile_model="on")["compile"]
+    assert settings.recipe(full=True, bf16=False)["autocast"] is False
+    assert settings.recipe(full=False, gpu=False)["loss_tile"] < settings.STOCK["loss_tile"]
 
 
 def test_a_kernel_that_is_not_here_is_refused_in_one_line(tmp_path):
@@ -94,12 +96,12 @@ def test_a_steps_time_is_told_by_its_parts(tmp_path):
     lake = make_lake(tmp_path)
     manifest = finetune(sft_params(lake, gradient_accumulation=2), lake)
     for step in lake.table(manifest, "steps").to_pylist():
-        parts = [step[f"{part}_seconds"] for part in (*loop.PARTS, "idle")]
+        parts = [step[f"{part}_seconds"] for part in (*meter.PARTS, "idle")]
         assert min(parts) >= 0
         assert sum(parts) == pytest.approx(step["seconds"])
         assert step["forward_seconds"] > 0 < step["backward_seconds"]
         assert step["optimizer_seconds"] > 0 < step["data_seconds"]
-    assert set(manifest.metrics["seconds_a_step"]) == {*loop.PARTS, "idle"}
+    assert set(manifest.metrics["seconds_a_step"]) == {*meter.PARTS, "idle"}
 
 
 def test_batch_0_is_what_the_memory_takes_and_a_killed_run_keeps_it(tmp_path, capsys, monkeypatch):
@@ -108,26 +110,23 @@ def test_batch_0_is_what_the_memory_takes_and_a_killed_run_keeps_it(tmp_path, ca
 
     def found(megabytes, tokens=16_384):
         monkeypatch.setattr(sft, "PASS_TOKENS", tokens)
-        return sft.largest_batch(p, lengths, "none", plan.Machine("x", megabytes, 1e9, 10.0, gpu=False))
+        machine = Machine("x", megabytes, 1e9, 10.0, gpu=False)
+        return sft.largest_batch(resolve(p, machine=machine), lengths)
 
     assert found(1e6) == 256 and found(1e6, tokens=100) == 2, "no more than a pass needs"
     rows = found(900)
     assert 1 <= rows < 256 and rows & (rows - 1) == 0, "a power of two"
-    machine = plan.Machine("x", 900, 1e9, 10.0, gpu=False)
-    sizes = [
-        plan.plan(p.model_copy(update={"sft_batch_size": n}), machine, lengths) for n in (rows, 2 * rows)
-    ]
+    setup = resolve(p, machine=Machine("x", 900, 1e9, 10.0, gpu=False))
+    sizes = [plan.plan(setup.with_rows(n), lengths) for n in (rows, 2 * rows)]
     assert sizes[0].memory_mb <= 0.8 * 900 < sizes[1].memory_mb
     assert found(1.0) == 1, "whether one row fits is the plan's to say"
     monkeypatch.setattr(sft, "PASS_TOKENS", 160)
-    taken = sft.with_batch(p, lengths, "none", tmp_path)
-    assert taken.sft_batch_size == 4 and "batch: 4 rows a pass, 1 passes a step" in capsys.readouterr().out
+    taken = sft.with_batch(setup, lengths, tmp_path)
+    assert taken.fit.rows == 4 and "batch: 4 rows a pass, 1 passes a step" in capsys.readouterr().out
     monkeypatch.setattr(sft, "PASS_TOKENS", 16_384)
-    assert sft.with_batch(p, lengths, "none", tmp_path).sft_batch_size == 4
-    assert (
-        sft.with_batch(p.model_copy(update={"sft_batch_size": 3}), lengths, "none", tmp_path).sft_batch_size
-        == 3
-    )
+    assert sft.with_batch(setup, lengths, tmp_path).fit.rows == 4
+    chosen = resolve(p.model_copy(update={"sft_batch_size": 3}))
+    assert sft.with_batch(chosen, lengths, tmp_path).fit.rows == 3
 
 
 def test_a_run_with_batch_0_says_which_it_took(tmp_path):

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.params import Tuning
-from kit.train import loop, models
+from kit.train import meter, models
 from kit.train.flops import PEAKS, TYPES, deeper, measured_peak, model_flops, naive_6n, peak_of
 from kit.train.methods import METHODS, adapter_config
 
@@ -163,12 +163,12 @@ def test_causal_attention_is_half_and_packed_documents_count_their_own_squares()
 
 def test_a_batch_is_metered_without_its_padding_and_with_its_prompt():
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    assert loop.batch_sizes({"attention_mask": mask}) == ([8, 5], 16)
+    assert meter.batch_sizes({"attention_mask": mask}) == ([8, 5], 16)
     packed = {"input_ids": mask, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0], [*range(8)]])}
-    assert loop.batch_sizes(packed) == ([3, 2, 8], 16)
+    assert meter.batch_sizes(packed) == ([3, 2, 8], 16)
     plain, prompted = (model_flops(m) for m in (llama(), tuned("prompt", llama())))
     assert (prompted.virtual, model_flops(tuned("prefix", llama())).prefix) == (VIRTUAL, VIRTUAL)
-    met = loop.metered(prompted, [8, 5], 16, False)
+    met = meter.metered(prompted, [8, 5], 16, False)
     assert [met[name] for name in ("tokens", "padded_tokens", "squares", "rows")] == [13, 16, 89, 2]
     assert met["forward_flops"] == plain.total([8 + VIRTUAL, 5 + VIRTUAL], forward_only=True)
     # the padding, and the logits a second time

@@ -6,8 +6,9 @@ from kit.params import METHODS as NAMES
 from kit.params import FinetuneSft
 from kit.train import models
 from kit.train.encode import prepare
-from kit.train.methods import METHODS, adapter_config, base_quantization, learning_rate
+from kit.train.methods import METHODS, adapter_config, base_quantization
 from kit.train.models import ModelError
+from kit.train.setup import resolve
 from kit.train.sft import fit
 
 
@@ -18,8 +19,8 @@ def test_the_table_has_every_method_that_a_recipe_may_name():
         config = adapter_config(p)
         assert (config is None) == (name == "full")
         assert method.merges == (config is None or not config.is_prompt_learning)
-        assert learning_rate(p, 0) == method.learning_rate > 0
-        assert learning_rate(p, 1e-5) == 1e-5
+        assert resolve(p).learning_rate == method.learning_rate > 0
+        assert resolve(p.model_copy(update={"sft_learning_rate": 1e-5})).learning_rate == 1e-5
     assert base_quantization(FinetuneSft(method="qlora")) == "nf4_double"
     assert base_quantization(FinetuneSft(method="qlora", quantization="nf4")) == "nf4"
     with pytest.raises(ModelError, match="method=qlora"):

@@ -15,13 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kit import ROOT
 from kit.params import METHODS, AlignDpo, CompareGenerations, FinetuneSft
 from kit.train import dry, models, plan, shipped
+from kit.train import machine as machines
 from kit.train.flops import model_flops
+from kit.train.machine import GPUS, Machine
 from kit.train.methods import adapter_config
 from kit.train.models import ModelError
+from kit.train.setup import resolve
 from kit.train.sft import finetune
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
-SMALL = plan.Machine("a small machine", 20 * 1024, 300e9, 10.0, gpu=False)
+SMALL = Machine("a small machine", 20 * 1024, 300e9, 10.0, gpu=False)
 
 
 def llama(hidden, inner, layers, heads, **more):
@@ -38,6 +41,10 @@ def shapes(monkeypatch):
 
 def tuning(**values):
     return FinetuneSft(**{"base_model": tiny_model(), "dtype": "float32", "threads": 1, **values})
+
+
+def planned(p, machine, rows_tokens=()):
+    return plan.plan(resolve(p, machine=machine), rows_tokens)
 
 
 def seen(method, base=None, dtype=torch.float32):
@@ -83,21 +90,21 @@ def test_what_is_counted_without_weights_is_what_a_real_model_has(tmp_path, meth
 def test_memory_is_within_a_quarter_of_published_tables(shapes, name, published, values):
     usual = {"sft_batch_size": 2, "max_tokens": 2048, "packing": True, "lora_r": 8, "dtype": "bfloat16"}
     p = FinetuneSft(**usual | {"base_model": name, "activation_checkpointing": True} | values)
-    made = plan.plan(p, plan.GPUS["a100"])
+    made = planned(p, GPUS["a100"])
     # the tables are of training alone; the kit's perplexity beside it is a part of its own
     training = (made.memory_mb - made.parts["evaluation"]) / 1024
     assert training == pytest.approx(published, rel=0.25)
 
 
 def test_full_tuning_of_8b_takes_sixteen_bytes_a_weight():
-    parts = plan.plan(tuning(base_model=LLAMA_8B, method="full"), SMALL).parts
+    parts = planned(tuning(base_model=LLAMA_8B, method="full"), SMALL).parts
     held = sum(parts[name] for name in ("weights", "gradients", "optimizer")) * plan.MB
     assert held == 16 * 8_030_261_248
 
 
 def test_each_choice_takes_the_memory_that_it_should():
     def memory(**values):
-        return plan.plan(tuning(base_model=LLAMA_8B, **values), SMALL).memory_mb
+        return planned(tuning(base_model=LLAMA_8B, **values), SMALL).memory_mb
 
     kinds = [memory(quantization=kind) for kind in ("nf4_double", "nf4", "int8", "none")]
     assert kinds == sorted(kinds) and kinds[-1] < memory(method="full")
@@ -111,29 +118,28 @@ def test_what_does_not_fit_is_told_with_the_nearest_plan_that_does():
     with pytest.raises(
         ModelError, match=r"needs 1\d\d\.\d GB and a small machine has 20\.0 GB free: .*method="
     ):
-        plan.require_fit(p, rows_tokens=[200], quantization="none", machine=SMALL)
-    changes, made = plan.nearest(p, SMALL, [200])
+        plan.require_fit(resolve(p, machine=SMALL), rows_tokens=[200])
+    changes, made = plan.nearest(resolve(p, machine=SMALL), [200])
     assert changes["method"] == "lora" and made.memory_mb < SMALL.memory_mb
     again = p.model_copy(update=changes)
-    assert plan.require_fit(again, rows_tokens=[200], quantization="none", machine=SMALL) == made
+    assert plan.require_fit(resolve(again, machine=SMALL), rows_tokens=[200]) == made
     for name in changes:  # nothing is changed that need not be
         kept = p.model_copy(update={k: v for k, v in changes.items() if k != name})
-        assert plan.plan(kept, SMALL, [200]).memory_mb > SMALL.memory_mb
+        assert planned(kept, SMALL, [200]).memory_mb > SMALL.memory_mb
 
 
 def test_the_cheapest_change_comes_first():
     p = tuning(base_model=LLAMA_8B, dtype="bfloat16", max_tokens=1024, sft_batch_size=8)
-    without = plan.plan(p.model_copy(update={"activation_checkpointing": True}), SMALL)
-    assert plan.nearest(p, plan.Machine("x", without.memory_mb + 1, 300e9, 10.0, gpu=False))[0] == {
-        "activation_checkpointing": True
-    }
-    tiny = plan.Machine("x", 700.0, 300e9, 10.0, gpu=False)
-    assert plan.nearest(p, tiny) is None and "no way to tune it fits" in plan.too_large(p, tiny, without)
+    without = planned(p.model_copy(update={"activation_checkpointing": True}), SMALL)
+    enough = Machine("x", without.memory_mb + 1, 300e9, 10.0, gpu=False)
+    assert plan.nearest(resolve(p, machine=enough))[0] == {"activation_checkpointing": True}
+    tiny = resolve(p, machine=Machine("x", 700.0, 300e9, 10.0, gpu=False))
+    assert plan.nearest(tiny) is None and "no way to tune it fits" in plan.too_large(tiny, without)
 
 
 def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(tmp_path, monkeypatch):
     lake = make_lake(tmp_path)
-    monkeypatch.setattr(plan, "this_machine", lambda p: plan.Machine("x", 10.0, 1e9, 10.0, gpu=False))
+    monkeypatch.setattr(machines, "this_machine", lambda dtype: Machine("x", 10.0, 1e9, 10.0, gpu=False))
     monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="GB free"):
         finetune(sft_params(lake), lake)
@@ -141,15 +147,15 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(tmp_path, monkeypa
 
 def test_time_counts_padding_steps_passes_and_recomputation():
     base = {"base_model": LLAMA_8B, "sft_batch_size": 2, "max_tokens": 400, "sft_steps": 10}
-    usual = plan.plan(tuning(**base), SMALL, [400]).seconds
-    assert plan.plan(tuning(**base), SMALL, [100, 400]).seconds == pytest.approx(usual * 325 / 400, rel=0.1)
-    assert plan.plan(tuning(**base | {"sft_steps": 20}), SMALL, [400]).seconds == pytest.approx(2 * usual)
-    assert plan.plan(tuning(**base, activation_checkpointing=True), SMALL, [400]).seconds > 1.3 * usual
+    usual = planned(tuning(**base), SMALL, [400]).seconds
+    assert planned(tuning(**base), SMALL, [100, 400]).seconds == pytest.approx(usual * 325 / 400, rel=0.1)
+    assert planned(tuning(**base | {"sft_steps": 20}), SMALL, [400]).seconds == pytest.approx(2 * usual)
+    assert planned(tuning(**base, activation_checkpointing=True), SMALL, [400]).seconds > 1.3 * usual
 
 
 def test_pairs_and_generation_are_foreseen_too():
-    pairs, _ = plan.foresee(AlignDpo(base_model=LLAMA_8B, dpo_batch_size=1), plan.GPUS["h100"])
-    rows, _ = plan.foresee(FinetuneSft(base_model=LLAMA_8B, sft_batch_size=2, sft_steps=4), plan.GPUS["h100"])
+    pairs, _ = plan.foresee(AlignDpo(base_model=LLAMA_8B, dpo_batch_size=1), GPUS["h100"])
+    rows, _ = plan.foresee(FinetuneSft(base_model=LLAMA_8B, sft_batch_size=2, sft_steps=4), GPUS["h100"])
     assert pairs.memory_mb == rows.memory_mb and 1.1 * rows.seconds < pairs.seconds < 2 * rows.seconds
     assert "30.5 GB" in plan.foresee(CompareGenerations(base_model=LLAMA_8B, dtype="float32"), SMALL)[1]
 
@@ -179,10 +185,10 @@ def test_a_random_model_of_a_known_shape_is_loadable(tmp_path, monkeypatch):
 
 
 def test_a_frozen_copy_as_reference_is_planned_for():
-    machine = plan.GPUS["h100"]
+    machine = GPUS["h100"]
     sizes = {}
     for loss in ("dpo", "orpo"):
-        made = plan.plan(AlignDpo(base_model=tiny_model(), method="full", preference_loss=loss), machine)
+        made = planned(AlignDpo(base_model=tiny_model(), method="full", preference_loss=loss), machine)
         sizes[loss] = made.memory_mb - made.parts["weights"] * (loss == "dpo")
     assert sizes["dpo"] == pytest.approx(sizes["orpo"])
-    assert "reference" not in plan.plan(AlignDpo(base_model=tiny_model()), machine).parts
+    assert "reference" not in planned(AlignDpo(base_model=tiny_model()), machine).parts

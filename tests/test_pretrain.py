@@ -15,6 +15,7 @@ from kit.lake import Counts, Lake
 from kit.train import models, pretrain
 from kit.train.models import ModelError
 from kit.train.pretrain import score, wrap
+from kit.train.setup import resolve
 
 
 def prose(seed):
@@ -132,12 +133,14 @@ def test_the_same_bytes_twice_and_others_with_another_seed(tmp_path):
 def test_the_share_of_replayed_rows_is_what_was_asked_for(tmp_path, share, rows):
     lake = make_lake(tmp_path)
     p = small(lake, replay_share=share, continue_steps=4)
-    trainer, ran, _ = pretrain.fit(p, "model", texts_of(p, lake), tmp_path / "work")
+    trainer, ran, _ = pretrain.fit(p, resolve(p, p.fits()[1]), texts_of(p, lake), tmp_path / "work")
     general = wrap(texts_of(p, lake)["general"], trainer.processing_class, 64)[0]
     seen = [ids in general for ids in trainer.train_dataset["input_ids"]]
     assert len(seen) == 8 and sum(seen) == rows == ran["replayed_rows"]
     assert sum(seen[:4]) == rows / 2, "evenly spread"
-    alone = pretrain.fit(p, "scratch", texts_of(p, lake) | {"held out: general": {}}, tmp_path)[1]["after"]
+    alone = pretrain.fit(p, resolve(p, p.fits()[0]), texts_of(p, lake) | {"held out: general": {}}, tmp_path)[
+        1
+    ]["after"]
     assert set(alone) == {"domain"}, "what is not there is not measured"
 
 

@@ -14,8 +14,10 @@ from test_sft import make_lake, outputs, pair, review, sft_params
 from kit import params
 from kit.train import models, reward
 from kit.train.encode import perplexity, prepare
+from kit.train.meter import steps_table
 from kit.train.models import ModelError
 from kit.train.reward import load_reward, reward_and_policy
+from kit.train.setup import resolve
 from kit.train.sft import finetune
 from kit.train.trust import LIMITS, calibration, hacking, repetition, wilson
 
@@ -66,7 +68,8 @@ def policy(folder, **values):
     model = models.load_model(tiny_model(), dtype="float32")
     torch.manual_seed(0)  # random tied weights give all tokens nearly the same probability
     model.lm_head.weight = torch.nn.Parameter(torch.randn(512, 64) * 0.15)
-    return reward.build_policy(p, model, Planted(model), asked, folder)
+    setup = resolve(p, p.fits()[1])
+    return reward.build_policy(p, setup, model, Planted(model), asked, folder)
 
 
 def test_a_planted_preference_is_learned_and_the_saved_model_gives_the_same_rewards(monkeypatch):
@@ -114,7 +117,7 @@ def test_a_planted_reward_rises(tmp_path, objective):
     }
     trainer = policy(tmp_path, policy_objective=objective, **given)
     ran = reward.run(trainer, "policy")
-    steps = reward.steps_table(trainer).to_pydict()
+    steps = steps_table(trainer).to_pydict()
     assert sum(steps["reward"][-3:]) > sum(steps["reward"][:3]) + 0.3
     assert steps["kl"][0] == pytest.approx(0, abs=1e-6)
     assert ran["what_ran"]["trainer"] == {"grpo": "GRPOTrainer", "rloo": "RLOOTrainer"}[objective]

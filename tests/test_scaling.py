@@ -11,8 +11,10 @@ from test_models import tiny_model
 
 from kit.params import FinetuneSft
 from kit.train import plan, scaling
+from kit.train.machine import GPUS
 from kit.train.models import ModelError
 from kit.train.scaling import STRATEGIES, Links, Work, measured_links, predict, work_of
+from kit.train.setup import resolve
 
 GB = 1e9
 # 250M float32 weights, all trained: a gradient of 1 GB; 12 passes
@@ -115,13 +117,14 @@ def test_what_cannot_be_shared_says_so_with_the_nearest_that_can():
 def test_on_one_gpu_it_is_the_plan(method, optimizer, again):
     passes = {"gradient_accumulation": 3, "activation_checkpointing": again, "sft_steps": 10}
     p = FinetuneSft(base_model=tiny_model(), method=method, optimizer=optimizer, **passes)
-    machine = plan.GPUS["h100"]
-    work, usual = work_of(p, machine), plan.plan(p, machine)
+    machine = GPUS["h100"]
+    setup = resolve(p, machine=machine)
+    work, usual = work_of(setup), plan.plan(setup)
     one = predict(work, Links(450, 50, machine.flops_per_s * plan.EFFICIENCY["gpu"]), "ddp", 1)
     assert 10 * one.step_seconds == pytest.approx(usual.seconds) and work.rows == 12
     assert sum(one.memory.values()) == pytest.approx((usual.memory_mb - usual.parts["evaluation"]) * plan.MB)
     assert work.tokens == 12 * p.max_tokens and 0 < work.replicated <= 1
-    assert set(scaling.GB_PER_S) == set(plan.GPUS)
+    assert set(scaling.GB_PER_S) == set(GPUS)
 
 
 def test_links_are_a_line_through_what_two_sizes_took(monkeypatch):

@@ -14,7 +14,7 @@ from test_models import TEXT, no_network, tiny_model
 
 from kit import ROOT, params
 from kit.lake import Counts, Lake
-from kit.train import fast, loop, models, sft
+from kit.train import loop, meter, models, settings, sft
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.methods import METHODS
 from kit.train.models import ModelError
@@ -111,13 +111,13 @@ KILLED = """
 import os, signal, sys
 from kit.lake import Lake
 from kit.params import FinetuneSft
-from kit.train import loop, sft
-p, say, lives = FinetuneSft.model_validate_json(sys.argv[1]), loop.Live.on_log, [int(x) for x in sys.argv[2:]]
+from kit.train import meter, sft
+p, say, lives = FinetuneSft.model_validate_json(sys.argv[1]), meter.Live.on_log, [int(x) for x in sys.argv[2:]]
 def on_log(self, args, state, control, logs=None, **kw):
     say(self, args, state, control, logs=logs, **kw)
     if state.global_step == dies_after:
         os.kill(os.getpid(), signal.SIGKILL)
-loop.Live.on_log = on_log
+meter.Live.on_log = on_log
 for dies_after in lives:  # each life is a process of its own; the imports are paid once
     child = os.fork()
     if not child:
@@ -173,7 +173,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     for step, whole in ((2, True), (4, True), (6, False)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if whole:
-            (tmp_path / f"checkpoint-{step}" / loop.WHOLE).touch()
+            (tmp_path / f"checkpoint-{step}" / meter.WHOLE).touch()
     assert loop.last_checkpoint(tmp_path).name == "checkpoint-4"
     assert loop.last_checkpoint(tmp_path / "checkpoint-4") is None
 
@@ -378,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 def test_the_tiles_of_the_chunked_loss_change_nothing_but_speed(tmp_path, monkeypatch):
     losses = []
     for tile in (64, 32768):
-        monkeypatch.setattr(fast, "CPU_TILE", tile)
+        monkeypatch.setattr(settings, "CPU_TILE", tile)
         lake = make_lake(tmp_path / str(tile))
         losses.append(finetune(sft_params(lake), lake).metrics["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

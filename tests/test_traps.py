@@ -17,6 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 from kit.train import encode, loop, models
 from kit.train.encode import IGNORED
 from kit.train.flops import model_flops, naive_6n
+from kit.train.setup import resolve, trainer_arguments
 from kit.train.sft import finetune
 
 
@@ -192,7 +193,7 @@ def test_the_end_of_an_answer_is_learned_once_in_every_task(task):
 def test_trl_would_turn_on_bfloat16_and_checkpointing_and_the_kit_does_not(tmp_path):
     p = sft_params(make_lake(tmp_path))
     model = models.load_model(tiny_model(), dtype="float32")
-    args = SFTConfig(**loop.common(p, model, tmp_path))
+    args = SFTConfig(**trainer_arguments(resolve(p), model, tmp_path))
     assert (args.bf16, args.activation_checkpointing, args.report_to) == (False, False, [])
     stock = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert stock.gradient_checkpointing, "TRL no longer turns checkpointing on"

@@ -29,17 +29,17 @@ from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
 from kit.params import BenchmarkTraining, FinetuneSft, ParamError, nearest
 from kit.show import progress
-from kit.train import fast, models
+from kit.train import models, settings
 from kit.train.flops import measured_peak, model_flops, naive_6n
-from kit.train.loop import PARTS
+from kit.train.meter import PARTS
 from kit.train.methods import METHODS, adapter_config, base_quantization
 from kit.train.sft import fit
 
 Row = dict[str, Any]
 STOCK = {"packing": False, "activation_checkpointing": True}
-"""The kit's parameters where TRL's defaults differ; the rest of `fast.STOCK` has none, or agrees."""
-SAME = {"compile_model": "compile"}  # what kit.train.fast calls a parameter of 60 otherwise
-SWITCHES = {*fast.STOCK, *SAME}
+"""The kit's parameters where TRL's defaults differ; the rest of `settings.STOCK` has none, or agrees."""
+SAME = {"compile_model": "compile"}  # what kit.train.settings calls a parameter of 60 otherwise
+SWITCHES = {*settings.STOCK, *SAME}
 """What changes how fast a cell trains, not what: such cells stand in the table `gains`."""
 MOVED = ("weights", "trained", "gradients", "optimizer", "activations")
 """Parts of the plan's memory that a step must read and write."""
@@ -89,7 +89,7 @@ def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid: 60's parameters and `kit.train.fast`'s settings that it changes."""
+    """One run of the grid: 60's parameters and `kit.train.settings`'s settings that it changes."""
 
     name: str
     params: dict[str, Any]
@@ -105,16 +105,16 @@ def cells(grid: Sequence[str]) -> list[Cell]:
 
 
 def _cell(words: Sequence[str]) -> Cell:
-    params, changes = (dict(STOCK), dict(fast.STOCK)) if "stock" in words else ({}, {})
+    params, changes = (dict(STOCK), dict(settings.STOCK)) if "stock" in words else ({}, {})
     for word in (w for w in words if w not in ("kit", "stock")):
         name, is_set, value = word.partition("=")
         if is_set and name in FinetuneSft.model_fields:
             params[name] = value
             changes.pop(SAME.get(name, name), None)
-        elif is_set and name in fast.STOCK:
+        elif is_set and name in settings.STOCK:
             changes[name] = yaml.safe_load(value)
         else:
-            near = nearest(name, [*FinetuneSft.model_fields, *fast.STOCK, "kit", "stock"])
+            near = nearest(name, [*FinetuneSft.model_fields, *settings.STOCK, "kit", "stock"])
             raise ParamError(f"parameter 'grid': '{word}' names no parameter of 60{near}")
     FinetuneSft(**params)  # a value that cannot be is found before anything runs
     return Cell(" ".join(w for w in words if w != "kit") or "kit", params, changes)

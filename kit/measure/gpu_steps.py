@@ -1,6 +1,6 @@
 """Training steps of a Llama with random weights, timed on a GPU (or tried on a CPU): the rows of `gpu_suite`.
 
-Imports torch, transformers and peft, bitsandbytes for QLoRA, and of the kit only `kit.train.flops` and `kit.train.fast`.
+Imports torch, transformers and peft, bitsandbytes for QLoRA, and of the kit only `kit.train.flops` and `kit.train.settings`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ try:
 except ImportError:  # torch < 2.10: its row fails and says so
     varlen_attn = None
 
-from kit.train import fast
+from kit.train import settings
 from kit.train.flops import ModelFlops, model_flops
 
 GPU = torch.cuda.is_available()
@@ -186,7 +186,7 @@ def run_steps(
         ends = torch.arange(0, ids.numel() + 1, size, device=DEVICE, dtype=torch.int32)
         batch |= {"cu_seq_lens_q": ends, "max_length_q": size}
     kernels = sdpa_kernel(KERNELS[case.attention != "cudnn" :], set_priority=True)
-    with kernels, fast.prepared(tuned, made):
+    with kernels, settings.prepared(tuned, made):
         for _ in range(case.warm + case.steps):
             began = sync()
             with cast:

@@ -3,7 +3,7 @@
     python -m kit.measure.gpu_suite --out FOLDER [--minutes 9] [--only NAME,…] [--tiny]
 
 Needs torch, transformers and peft; trl, datasets and bitsandbytes for their rows; of the kit only `kit.train.flops` and
-`kit.train.fast`. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
+`kit.train.settings`. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from kit.measure import gpu_steps
 from kit.measure.gpu_steps import DEVICE, GPU, Case, free, sync
-from kit.train import fast
+from kit.train import settings
 from kit.train.flops import measured_peak, peak_of
 
 PUBLISHED = 12_473
@@ -39,13 +39,13 @@ SWITCHES = ("packing", "activation_checkpointing", "compile", "weights", "attent
 # fmt: on
 LORA_8B, FULL_1B = Case(LLAMA_8B), Case(LLAMA_1B, "full", rows=2)
 EAGER_8B = replace(LORA_8B, compile=False, attention="sdpa")
-KIT = fast.settings(full=False, compile_model="on" if GPU else "off")
+KIT = settings.recipe(full=False, compile_model="on" if GPU else "off")
 ROWS: dict[str, Any] = {
     "machine": None,
     "lora_8b": LORA_8B,
     "lora_8b_eager": EAGER_8B,
     "qlora_8b": replace(LORA_8B, method="qlora"),
-    "trl_stock": fast.STOCK,
+    "trl_stock": settings.STOCK,
     "trl_kit": KIT,
     "trl_kit_flex": KIT | {"attention": "flex_attention"},
     "qlora_8b_eager": replace(EAGER_8B, method="qlora"),
@@ -58,7 +58,7 @@ ROWS: dict[str, Any] = {
     "lora_8b_packed_flex": replace(LORA_8B, docs=8, attention="flex_attention"),
     "lora_8b_packed_varlen": replace(LORA_8B, docs=8, attention="varlen"),
     "lora_8b_packed_mask": replace(LORA_8B, docs=8, attention="sdpa"),
-    **{f"trl_kit_stock_{k}": KIT | {k: fast.STOCK[k]} for k in SWITCHES if KIT[k] != fast.STOCK[k]},
+    **{f"trl_kit_stock_{k}": KIT | {k: settings.STOCK[k]} for k in SWITCHES if KIT[k] != settings.STOCK[k]},
     "lora_8b_flash": replace(LORA_8B, attention="sdpa"),
     "lora_8b_4_rows": replace(LORA_8B, rows=4),
     "lora_8b_bf16_adapters": replace(LORA_8B, adapters="bfloat16"),

@@ -1,4 +1,4 @@
-"""TRL's trainer over random rows of mixed lengths, with `kit.train.fast`'s settings or TRL's own: rows of `gpu_suite`."""
+"""TRL's trainer over random rows of mixed lengths, with `kit.train.settings`'s settings or TRL's own: rows of `gpu_suite`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from kit.measure.gpu_steps import GPU, LORA, make_model, memory, sync
-from kit.train import fast
+from kit.train import settings
 
 ROWS_A_STEP = 4
 """Packed rows; of padded ones TRL takes 8."""
@@ -36,7 +36,7 @@ def epoch(
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(model, made, rows, length, folder)
         model.set_attn_implementation(made["attention"])
-        with fast.prepared(trainer.model, made):
+        with settings.prepared(trainer.model, made):
             trainer.train()
     times = [*trainer.times, (sync(), 0)]
     return {
@@ -63,7 +63,7 @@ def build(
     """The trainer; whatever is not in `made` is as TRL has it, but for files, logs, and the last batch."""
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
-    asked = fast.arguments(made | ({} if GPU else {"autocast": False}))
+    asked = settings.arguments(made | ({} if GPU else {"autocast": False}))
     known = trl.SFTConfig.__dataclass_fields__
     if "activation_checkpointing" not in known:  # transformers before it took this name
         asked["gradient_checkpointing"] = asked.pop("activation_checkpointing")

@@ -10,8 +10,8 @@ class Fit:
     """One model, or adapter of one, that a stage trains; a stage that trains two says two of them.
 
     `rows`: of one forward and backward pass, each of `texts` texts (a pair has two) of at most `tokens` tokens, prompt
-    included. `steps`: optimizer steps, each of `accumulation` passes. `batch_field`: the parameter that sets `rows`, for
-    whoever has to name it. `learning_rate`: its peak, 0 = the method's own. `fill_memory`: `rows` is the most that a
+    included. `steps`: optimizer steps, each of `accumulation` passes. `batch_field`, `tokens_field`: the parameters that
+    set `rows` and `tokens`, for whoever has to name them. `learning_rate`: its peak, 0 = the method's own. `fill_memory`: `rows` is the most that a
     pass is worth, and the free memory decides. `reference`: every text also passes through the model as it was.
     `judged`: it passes through a reward model, too, which stays in memory. `written`: tokens of a text that the model
     writes itself before it learns from them. `checkpoint_steps`: steps between checkpoints, 0 = none.
@@ -25,6 +25,7 @@ class Fit:
     learning_rate: float
     texts: int = 1
     accumulation: int = 1
+    tokens_field: str = "max_tokens"
     fill_memory: bool = False
     reference: bool = False
     judged: bool = False

@@ -290,6 +290,7 @@ class RewardAndPolicy(Tuning):
             batch_field="reward_batch_size",
             tokens=self.reward_tokens,
             learning_rate=self.reward_learning_rate,
+            tokens_field="reward_tokens",
             texts=2,
             accumulation=self.gradient_accumulation,
         )
@@ -300,6 +301,7 @@ class RewardAndPolicy(Tuning):
             batch_field="policy_prompts",
             tokens=self.reward_tokens,  # a prompt leaves room there for its answer
             learning_rate=self.policy_learning_rate,
+            tokens_field="reward_tokens",
             texts=self.policy_generations,
             accumulation=self.gradient_accumulation,
             reference=self.policy_kl_beta > 0,
@@ -415,7 +417,7 @@ class BenchmarkTraining(Training):
             "max_tokens=32 sft_batch_size=1",
             "stock",
         ],
-        description="cells: words name=value of 60 or kit.train.fast, a|b for each of them, kit, stock (TRL's own)",
+        description="cells: words name=value of 60 or kit.train.settings, a|b for each of them, kit, stock (TRL's own)",
     )
     grid_layers: int = Field(
         4, description="the first layers of base_model that the grid trains, 0 = all", ge=0

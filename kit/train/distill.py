@@ -27,8 +27,10 @@ from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
 from kit.train import models
 from kit.train.encode import IGNORED, Rows, padded, prepare
-from kit.train.loop import Metered, common, quiet, run, steps_table
+from kit.train.loop import quiet, run
+from kit.train.meter import Metered, steps_table
 from kit.train.models import ModelError
+from kit.train.setup import resolve, trainer_arguments
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: a test holds its formula
     from trl.experimental.gkd import GKDTrainer
@@ -186,13 +188,11 @@ class DistillTrainer(Metered, SFTTrainer):
 
 def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, train: Rows, folder: Path) -> Any:
     """The trainer of one student; all of `WAYS` see the same rows in the same order."""
+    setup = resolve(p)
     args = SFTConfig(
-        max_steps=p.distill_steps,
-        per_device_train_batch_size=p.distill_batch_size,
-        learning_rate=p.distill_learning_rate,
         dataset_kwargs={"skip_prepare_dataset": True},
         completion_only_loss=False,  # the labels already say which tokens count
-        **common(p, student, folder),
+        **trainer_arguments(setup, student, folder),
     )
     with quiet():
         rows = datasets.Dataset.from_list(train.rows)
@@ -200,7 +200,8 @@ def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, trai
     sees_teacher, writes = WAYS[way]
     trainer.p, trainer.teacher = p, teacher if sees_teacher else None
     # last, not mixed in: what a thinned student writes at first is noise
-    trainer.own_from = p.distill_steps - round(p.distill_steps * p.on_policy_share * writes)
+    steps = setup.fit.steps
+    trainer.own_from = steps - round(steps * p.on_policy_share * writes)
     return trainer
 
 

@@ -27,7 +27,7 @@ from kit.params import MergeAndExport
 from kit.train import models, shipped
 from kit.train.consolidate import explained, open_sharded
 from kit.train.encode import IGNORED, prepare
-from kit.train.loop import peak_memory
+from kit.train.meter import peak_memory
 from kit.train.methods import METHODS
 from kit.train.models import ModelError
 

@@ -115,8 +115,3 @@ def begin(model: torch.nn.Module, ids: Sequence[int]) -> None:
     with model.disable_adapter():
         past = model.eval()(input_ids=tokens, use_cache=True).past_key_values
     initialize_kv_prefix_from_past_key_values(model, past_key_values=past)
-
-
-def learning_rate(p: Tuning, given: float) -> float:
-    """The rate a person set, or the method's own for 0."""
-    return given or METHODS[p.method].learning_rate

@@ -7,63 +7,33 @@ such runs reach, and the bytes that are moved beside them.
 
 from __future__ import annotations
 
-import contextlib
 import random
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-import psutil
 import torch
 
 from kit.params import CompareGenerations, Training, Tuning
-from kit.params.train import PASS_TOKENS
-from kit.train import fast, loop, models
+from kit.train import settings
 from kit.train.dry import look
-from kit.train.flops import peak_of
-from kit.train.methods import base_quantization
+from kit.train.machine import MB, Machine
 from kit.train.models import ModelError
+from kit.train.setup import Setup, dtype_on, resolve
 
-MB = 2**20
 STORED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes a weight of a quantised linear layer: NF4 has a float32 scale for 64 weights, double quantisation 8 bits."""
 OPTIMIZER = {"adamw": 8.0, "adamw_8bit": 2.0 + 2 * 4 / 256}
 """Bytes a trained weight of AdamW's two states; in 8 bits with a float32 scale for 256."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run would be: free memory (MB), FLOP/s of a large matmul in the type it computes in, read speed (GB/s)."""
-
-    name: str
-    memory_mb: float
-    flops_per_s: float
-    gb_per_s: float
-    gpu: bool = True
-
-
-LOSS_TILE = 32_768
-"""Vocabulary entries of a tile of TRL's chunked loss on a GPU."""
 PROCESS = 600 * MB
 """A process with torch, transformers and TRL before it loads a model (measured: 602 MB)."""
 EFFICIENCY = {"gpu": 0.4, torch.bfloat16: 0.45, torch.float32: 0.65}
 """Share of the peak in use. CPU: measured here with SmolLM2. GPU: not by us; Llama-3-8B on H100 with NeMo and torchtitan."""
 BESIDE = {"nf4": 5.0, "nf4_double": 5.0, "int8": 3.0, "dora": 24.0}
 """Bytes moved a frozen weight and pass: matrices dequantised twice; DoRA's norms of its corrected columns."""
-CPU_GB_PER_S = 10.0
 PASS_S = 0.02
 """What the trainer does around a forward and backward pass (measured on a model of 0.2M parameters)."""
-GPUS = {
-    "h200": Machine("H200", 143_771, peak_of("NVIDIA H200"), 4800),
-    "h100": Machine("H100 SXM", 81_559, peak_of("NVIDIA H100 80GB HBM3"), 3350),
-    "a100": Machine("A100 80 GB", 81_920, peak_of("NVIDIA A100-SXM4-80GB"), 2039),
-    "l40s": Machine("L40S", 46_068, peak_of("NVIDIA L40S"), 864),
-    "rtx4090": Machine("RTX 4090", 24_564, peak_of("NVIDIA GeForce RTX 4090"), 1008),
-}
-"""NVIDIA's data sheets: memory as the driver shows it, dense bfloat16 (`flops.PEAKS`), and the memory's speed."""
 
 
 @dataclass(frozen=True)
@@ -89,89 +59,82 @@ class Plan:
         }
 
 
-def this_machine(p: Training) -> Machine:
-    """The GPU where there is one, else the CPU; memory that is free now, or already this process's own."""
-    peak = loop.machine_peak(str(models.pick_dtype(p.dtype)).removeprefix("torch."))
-    if torch.cuda.is_available():
-        free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return Machine(name, free / MB, peak, GPUS["a100"].gb_per_s)
-    free, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, which psutil does not know
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return Machine("this machine", (free + own) / MB, peak, CPU_GB_PER_S, gpu=False)
-
-
-def size(p: Tuning) -> tuple[str, int, int, int]:
-    """The parameter that sets the batch, its rows, texts of a row (a pair has two), and optimizer steps."""
-    batch = next(name for name in type(p).model_fields if name.endswith("_batch_size"))
-    steps = next(name for name in type(p).model_fields if name.endswith("_steps"))
-    rows = getattr(p, batch) or max(1, PASS_TOKENS // p.max_tokens)
-    return batch, rows, 1 + batch.startswith(("dpo", "reward")), getattr(p, steps)
-
-
-def plan(
-    p: Tuning, machine: Machine, rows_tokens: Sequence[int] = (), quantization: str | None = None
-) -> Plan:
-    """Memory at its peak and seconds of training `p` on rows of these lengths (none given: all of `max_tokens`).
+def plan(setup: Setup, rows_tokens: Sequence[int] = ()) -> Plan:
+    """Memory at its peak and seconds of a training on texts of these lengths (none given: all as long as they may be).
 
     Not covered: attention without SDPA, models whose layers differ, several GPUs. Raises `ModelError`.
     """
-    kind = quantization or base_quantization(p)
-    full, dtype = p.method == "full", _dtype(p, machine)
-    mixed, width = full and dtype == torch.bfloat16, dtype.itemsize
-    kept = torch.float32 if full else dtype
-    seen = look(p.base_model, p.trust_remote_code, p.method, p.lora_r, p.virtual_tokens, kept, mixed)
-    _, rows, texts, steps = size(p)
-    lengths = [min(n, p.max_tokens) + seen.virtual for n in rows_tokens] or [p.max_tokens + seen.virtual]
-    tokens, again = rows * texts * max(lengths), p.activation_checkpointing
-    saved = seen.saved + seen.saved_token * tokens
-    if again:  # what enters each layer, and one layer whole
-        inputs = seen.layers * seen.hidden * width * tokens
-        saved = inputs + seen.layer_saved + seen.layer_saved_token * tokens
-    tile = min(tokens, 4096) * min(seen.vocab, LOSS_TILE if machine.gpu else fast.CPU_TILE) * (4 + width)
-    # a tile of the loss, its gradient, those on their way through a layer, a matrix that is dequantised whole
-    saved += (
-        tile + tokens * (4 * seen.hidden + 3 * seen.widest * width) + seen.largest * width * (kind != "none")
-    )
-    gradients, update = seen.trained * 4, seen.trained * 4 * (machine.gpu and p.optimizer == "adamw")
+    fit, virtual = setup.fit, setup.seen.virtual
+    lengths = [min(n, fit.tokens) + virtual for n in rows_tokens] or [fit.tokens + virtual]
+    parts = {name: float(size) / MB for name, size in _memory(setup, max(lengths)).items()}
+    seconds = fit.steps * fit.accumulation * _pass_seconds(setup, lengths)
+    return Plan(sum(parts.values()), seconds, parts)
+
+
+def _memory(setup: Setup, longest: int) -> dict[str, float]:
+    """Bytes at the peak by what they hold, where every text of a pass is `longest` tokens."""
+    seen, fit, gpu = setup.seen, setup.fit, setup.machine.gpu
+    kept = setup.weights.itemsize
+    saved = _activations(setup, fit.pass_texts * longest)
+    gradients = seen.trained * 4
+    update = gradients * (gpu and setup.optimizer == "adamw")
     # gradients of weights take the room that activations leave, unless they wait for more passes
-    saved = max(saved - gradients * (p.gradient_accumulation == 1), update)
+    saved = max(saved - gradients * (fit.accumulation == 1), update)
     # perplexity: logits of four rows, and in float32 twice more; a CPU's process keeps that room, in pieces
-    scored = 4 * max(lengths) * seen.vocab * (kept.itemsize + 8)
-    scored = max(0.0, scored - saved - gradients) if machine.gpu else scored
+    scored = 4 * longest * seen.vocab * (kept + 8)
+    scored = max(0.0, scored - saved - gradients) if gpu else scored
+    weights = seen.linear * STORED.get(setup.quantization, kept) + seen.other * kept
+    trained = 0 if setup.full else seen.trained * 4
+    optimizer = seen.trained * OPTIMIZER[setup.optimizer]
     parts = {
-        "weights": seen.linear * STORED.get(kind, kept.itemsize) + seen.other * kept.itemsize,
-        "trained": 0 if full else seen.trained * 4,
+        "weights": weights,
+        "trained": trained,
         "gradients": gradients,
-        "optimizer": seen.trained * OPTIMIZER[p.optimizer],
+        "optimizer": optimizer,
         "activations": saved,
         "evaluation": scored,
-        "process": 0 if machine.gpu else PROCESS,
+        "process": 0 if gpu else PROCESS,
     }
-    if full and getattr(p, "preference_loss", "orpo") != "orpo":
-        parts["reference"] = parts["weights"]  # a frozen copy; an adapter is switched off instead
-    parts = {name: float(size) / MB for name, size in parts.items()}
-    longest = _longest(lengths, rows * texts, p.seed)
-    padded = rows * texts * fmean(longest)
+    if setup.full and fit.reference:
+        parts["reference"] = weights  # a frozen copy; an adapter is switched off instead
+    if fit.judged:
+        # of the same base and the same kind; its trainer is held, with its state, until both are saved
+        parts["reward model"] = weights + trained + optimizer
+    return parts
+
+
+def _activations(setup: Setup, tokens: int) -> float:
+    """Bytes that a forward pass over `tokens` keeps for the backward pass, and what that needs for a moment."""
+    seen, width = setup.seen, setup.dtype.itemsize
+    saved = seen.saved + seen.saved_token * tokens
+    if setup.activation_checkpointing:  # what enters each layer, and one layer whole
+        inputs = seen.layers * seen.hidden * width * tokens
+        saved = inputs + seen.layer_saved + seen.layer_saved_token * tokens
+    tile = min(tokens, 4096) * min(seen.vocab, settings.loss_tile(setup.machine.gpu)) * (4 + width)
+    dequantised = seen.largest * width * (setup.quantization != "none")
+    # a tile of the loss, its gradient, those on their way through a layer, a matrix that is dequantised whole
+    return saved + (tile + tokens * (4 * seen.hidden + 3 * seen.widest * width) + dequantised)
+
+
+def _pass_seconds(setup: Setup, lengths: Sequence[int]) -> float:
+    """Seconds of a forward and backward pass over texts drawn from those of these lengths, padded to the longest."""
+    seen, fit, machine = setup.seen, setup.fit, setup.machine
+    longest = _longest(lengths, fit.pass_texts, setup.seed)
+    padded = fit.pass_texts * fmean(longest)
     whole, forward = (
-        rows * texts * fmean(seen.flops.total([n - seen.virtual], forward_only=only) for n in longest)
+        fit.pass_texts * fmean(seen.flops.total([n - seen.virtual], forward_only=only) for n in longest)
         for only in (False, True)
     )
-    # the loss computes its logits twice; a DPO reference and checkpointing add forward passes
-    flops = whole + 2 * seen.flops.head * padded + (again + texts - 1) * forward
-    moved = seen.linear * (BESIDE.get(kind, 0) + BESIDE.get(p.method, 0)) * (1 + again / 2)
-    moved += seen.trained * (20 + OPTIMIZER[p.optimizer]) / p.gradient_accumulation
-    reached = machine.flops_per_s * EFFICIENCY["gpu" if machine.gpu else dtype]
-    each = flops / reached + moved / machine.gb_per_s / 1e9 + PASS_S
-    return Plan(sum(parts.values()), steps * p.gradient_accumulation * each, parts)
-
-
-def _dtype(p: Training, machine: Machine) -> torch.dtype:
-    return models.pick_dtype("bfloat16" if machine.gpu and p.dtype == "auto" else p.dtype)
+    again = setup.activation_checkpointing
+    # the loss computes its logits twice; checkpointing, a reference and a reward model add forward passes
+    flops = whole + 2 * seen.flops.head * padded + (again + fit.reference + fit.judged) * forward
+    moved = seen.linear * (BESIDE.get(setup.quantization, 0) + BESIDE.get(setup.method, 0)) * (1 + again / 2)
+    moved += seen.trained * (20 + OPTIMIZER[setup.optimizer]) / fit.accumulation
+    moved += (
+        fit.written * (seen.linear + seen.other) * setup.weights.itemsize
+    )  # each new token reads all weights
+    reached = machine.flops_per_s * EFFICIENCY["gpu" if machine.gpu else setup.dtype]
+    return flops / reached + moved / machine.gb_per_s / 1e9 + PASS_S
 
 
 def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
@@ -180,26 +143,27 @@ def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
     return [max(draw.choices(lengths, k=rows)) for _ in range(200)]
 
 
-def nearest(
-    p: Tuning, machine: Machine, rows_tokens: Sequence[int] = ()
-) -> tuple[dict[str, Any], Plan] | None:
-    """The cheapest changes of parameters with which `p` fits, and its plan then; None when nothing does."""
+def nearest(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str, Any], Plan] | None:
+    """The cheapest changes of parameters with which a training fits, and its plan then; None when nothing does."""
+    p, fit = setup.given, setup.fit
 
     def fits(changes: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], Plan] | None:
         values = {name: value for change in changes for name, value in change.items()}
-        made = plan(p.model_copy(update=values), machine, rows_tokens)
+        changed = p.model_copy(update=values)
+        same = next(other for other in changed.fits() if other.name == fit.name)
+        made = plan(resolve(changed, same, setup.machine), rows_tokens)
         new = {name: value for name, value in values.items() if value != getattr(p, name)}
-        return (new, made) if made.memory_mb <= machine.memory_mb else None
+        return (new, made) if made.memory_mb <= setup.machine.memory_mb else None
 
-    batch, rows, _, _ = size(p)
-    low_rank = p.method in ("full", "dora", "lora", "qlora")
+    low_rank = setup.method in ("full", "dora", "lora", "qlora")
+    lengths = [fit.tokens >> n for n in range(1, 5)]
     changes: list[dict[str, Any]] = [
-        {"activation_checkpointing": p.method != "prefix"},  # PEFT refuses it for prefixes
-        {batch: 1, "gradient_accumulation": p.gradient_accumulation * rows},
+        {"activation_checkpointing": setup.method != "prefix"},  # PEFT refuses it for prefixes
+        {fit.batch_field: 1, "gradient_accumulation": fit.step_rows},
         {"optimizer": "adamw_8bit"},
-        {"method": "lora" if p.method in ("full", "dora") else p.method},
+        {"method": "lora" if setup.method in ("full", "dora") else setup.method},
         {"method": "qlora", "quantization": "auto"} if low_rank else {"quantization": "nf4_double"},
-        *({"max_tokens": p.max_tokens >> n} for n in range(1, 5) if p.max_tokens >> n >= 32),
+        *({fit.tokens_field: tokens} for tokens in lengths if tokens >= 32),
     ]
     n = next((n for n in range(1, len(changes) + 1) if fits(changes[:n])), None)
     if n is None:
@@ -211,25 +175,24 @@ def nearest(
     return fits(taken)
 
 
-def require_fit(
-    p: Tuning, *, rows_tokens: Sequence[int], quantization: str, machine: Machine | None = None
-) -> Plan:
-    """The plan of a run; raises `ModelError` with the nearest one that fits when this machine is too small."""
-    machine = machine or this_machine(p)
-    made = plan(p, machine, rows_tokens, quantization)
-    if made.memory_mb > machine.memory_mb:
-        raise ModelError(too_large(p, machine, made, rows_tokens))
+def require_fit(setup: Setup, *, rows_tokens: Sequence[int]) -> Plan:
+    """The plan of a run; raises `ModelError` with the nearest one that fits when its machine is too small."""
+    made = plan(setup, rows_tokens)
+    if made.memory_mb > setup.machine.memory_mb:
+        raise ModelError(too_large(setup, made, rows_tokens))
     return made
 
 
-def too_large(p: Tuning, machine: Machine, made: Plan, rows_tokens: Sequence[int] = ()) -> str:
+def too_large(setup: Setup, made: Plan, rows_tokens: Sequence[int] = ()) -> str:
     """One line: what is needed, what there is, and which parameters to change."""
-    found, instead = nearest(p, machine, rows_tokens), "no way to tune it fits, take a smaller base_model"
-    if found:
-        words = " ".join(f"{name}={str(value).lower()}" for name, value in found[0].items())
-        instead = f"{words} needs {found[1].memory_mb / 1024:.1f} GB"
+    instead = "no way to tune it fits, take a smaller base_model"
+    if fitting := nearest(setup, rows_tokens):
+        changes, smaller = fitting
+        words = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
+        instead = f"{words} needs {smaller.memory_mb / 1024:.1f} GB"
+    machine = setup.machine
     return (
-        f"{p.base_model} with method={p.method} needs {made.memory_mb / 1024:.1f} GB and {machine.name} has "
+        f"{setup.base_model} with method={setup.method} needs {made.memory_mb / 1024:.1f} GB and {machine.name} has "
         f"{machine.memory_mb / 1024:.1f} GB free: {instead}"
     )
 
@@ -240,11 +203,14 @@ def foresee(p: Training, machine: Machine) -> tuple[Plan | None, str]:
     None for a stage whose size has nothing to do with the model's.
     """
     if isinstance(p, Tuning):
-        made = plan(p, machine)
-        return made, too_large(p, machine, made) if made.memory_mb > machine.memory_mb else ""
+        setups = [resolve(p, fit, machine) for fit in p.fits()]
+        plans = [plan(setup) for setup in setups]
+        setup, largest = max(zip(setups, plans), key=lambda pair: pair[1].memory_mb)
+        made = replace(largest, seconds=sum(each.seconds for each in plans))  # one after the other
+        return made, too_large(setup, largest) if largest.memory_mb > machine.memory_mb else ""
     if not isinstance(p, CompareGenerations):
         return None, ""
-    dtype = _dtype(p, machine)
+    dtype = dtype_on(machine, p.dtype)
     seen = look(p.base_model, p.trust_remote_code, "lora", 1, 1, dtype, False)
     weights = (seen.linear + seen.other) * dtype.itemsize
     # adapters are merged in float32, on the CPU; every new token reads all weights once; base, tuned, aligned

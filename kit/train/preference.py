@@ -23,10 +23,12 @@ from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
 from kit.train import models
 from kit.train.encode import Rows
-from kit.train.loop import Metered, common, quiet, run, steps_table
-from kit.train.methods import METHODS, adapter_config, base_quantization
+from kit.train.loop import quiet, run
+from kit.train.meter import Metered, steps_table
+from kit.train.methods import METHODS
 from kit.train.models import ModelError
 from kit.train.plan import require_fit
+from kit.train.setup import Setup, resolve, trainer_arguments
 
 TOLERANCE = 1e-3
 """Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
@@ -130,20 +132,21 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         raise ModelError(f"70 cannot train a learned prompt (method={p.method}): full, lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-dpo-") as temp:
         data, tuned = out.read(p.preferences_from), out.read("60_finetune_sft")
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        setup = resolve(p)
+        tokenizer = setup.tokenizer()
         found = lake.table(data, "preferences").to_pylist()
-        pairs = usable(found, tokenizer, p.max_tokens)
+        pairs = usable(found, tokenizer, setup.fit.tokens)
         pairs.require("preference", p.preferences_from)
-        held = usable(found, tokenizer, p.max_tokens, "heldout").rows[:EVALUATED]
+        held = usable(found, tokenizer, setup.fit.tokens, "heldout").rows[:EVALUATED]
         texts = [
             tokenizer(r["prompt"] + r[side])["input_ids"]
             for r in pairs.rows
             for side in ("chosen", "rejected")
         ]
-        require_fit(p, rows_tokens=[len(ids) for ids in texts], quantization=base_quantization(p))
+        require_fit(setup, rows_tokens=[len(ids) for ids in texts])
         folder = lake.local_folder(tuned, "model")
-        trainer, ran = _train(p, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
-        made = models.save_adapter(trainer.model, Path(temp, "model"), p.base_model, base_quantization(p))
+        trainer, ran = _train(p, setup, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
+        made = models.save_adapter(trainer.model, Path(temp, "model"), setup.base_model, setup.quantization)
         out.folder("model", made)
         out.table("steps", steps_table(trainer), measured=True)
         del trainer  # room for the sweep
@@ -151,42 +154,41 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         for beta in p.sweep_betas:
             models.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
-            sweep.append(
-                _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1])
-            )
-        reference = OBJECTIVES[p.preference_loss].first_loss is not None
-        extra = ran["forward_flops"] if reference else 0
+            moved = _train(other, setup, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1]
+            sweep.append(_moved(float(beta), moved))
         metrics = {
-            **ran,
-            # the reference's forward pass is work that the method asks for
-            "flops": ran["flops"] + extra,
-            "hardware_flops": ran["hardware_flops"] + extra,
-            "flops_per_token": (ran["flops"] + extra) / ran["tokens"],
-            "flops_convention": ran["flops_convention"]
-            + "; plus one forward pass of the reference" * reference,
-            "samples_per_s": round(p.dpo_steps * _batch(p) / ran["train_seconds"], 3),
+            **_with_reference(ran, setup.fit.reference),
+            "samples_per_s": round(setup.fit.steps * setup.fit.step_rows / ran["train_seconds"], 3),
             "sweep": sorted(sweep, key=lambda s: s["beta"]),
         }
-        kept = (
-            "a frozen copy of the tuned model" if p.method == "full" else "the tuned model, new adapter off"
-        )
+        kept = "a frozen copy of the tuned model" if setup.full else "the tuned model, new adapter off"
         metrics["what_ran"] |= {
-            "method": p.method,
-            "base": base_quantization(p),
+            "method": setup.method,
+            "base": setup.quantization,
             "loss": p.preference_loss,
             "threads": threads,
             "padding": tokenizer.pad_note,
-            "reference": kept if reference else "none",
+            "reference": kept if setup.fit.reference else "none",
         }
-        return out.commit(pairs.counts(p.dpo_steps, _batch(p), "dpo_steps"), metrics)
+        counts = pairs.counts(setup.fit.steps, setup.fit.step_rows, "dpo_steps")
+        return out.commit(counts, metrics)
 
 
-def _batch(p: AlignDpo) -> int:
-    return p.dpo_batch_size * p.gradient_accumulation
+def _with_reference(ran: Mapping[str, Any], reference: bool) -> dict[str, Any]:
+    """A run's metrics with the forward pass of the reference, where there is one: work that the method asks for."""
+    extra = ran["forward_flops"] if reference else 0
+    return {
+        **ran,
+        "flops": ran["flops"] + extra,
+        "hardware_flops": ran["hardware_flops"] + extra,
+        "flops_per_token": (ran["flops"] + extra) / ran["tokens"],
+        "flops_convention": ran["flops_convention"] + "; plus one forward pass of the reference" * reference,
+    }
 
 
 def _train(
     p: AlignDpo,
+    setup: Setup,
     tuned: str,
     tokenizer: Any,
     pairs: list[dict[str, str]],
@@ -194,15 +196,7 @@ def _train(
     folder: Path,
 ) -> tuple[Any, dict[str, Any]]:
     """One training from the tuned model: the trainer, and its metrics with those of the held-out pairs."""
-    dtype = p.dtype if p.method != "full" else "float32"
-    model = models.load_model(
-        p.base_model,
-        dtype=dtype,
-        adapters=[tuned],
-        quantization=base_quantization(p),
-        trust_remote_code=p.trust_remote_code,
-    )
-    trainer = build(p, model, tokenizer, pairs, held, folder)
+    trainer = build(p, setup, setup.model(adapters=[tuned]), tokenizer, pairs, held, folder)
     ran = run(trainer, f"{p.preference_loss} β {p.dpo_beta:g}")
     if len(trainer.train_dataset) != len(pairs) * (1 if OBJECTIVES[p.preference_loss].paired else 2):
         raise ModelError("TRL dropped preference pairs that the kit had counted as usable")
@@ -256,6 +250,7 @@ def _flaw(pair: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> str | Non
 
 def build(
     p: AlignDpo,
+    setup: Setup,
     model: Any,
     tokenizer: Any,
     pairs: list[dict[str, str]],
@@ -264,32 +259,28 @@ def build(
 ) -> Any:
     """The TRL trainer for `p`; `model` becomes policy and, with its new adapter off, reference."""
     objective = OBJECTIVES[p.preference_loss]
-    config = adapter_config(p)
     reference = {}
-    if config is None and objective.first_loss is not None:
+    if setup.full and setup.fit.reference:
         # TRL would load the reference anew by its name: the model before it was tuned
         reference = {"ref_model": copy.deepcopy(model).eval().requires_grad_(False)}
     rows = datasets.Dataset.from_list(pairs if objective.paired else judgements(pairs))
     unseen = datasets.Dataset.from_list(held if objective.paired else judgements(held)) if held else None
+    arguments = trainer_arguments(setup, model, folder)
+    if not objective.paired:
+        arguments["per_device_train_batch_size"] *= 2  # a judgement is half a pair
+    if not p.dpo_learning_rate:
+        arguments["learning_rate"] = setup.learning_rate * SHARE_OF_SFT_RATE
     with quiet():
         trainer = objective.trainer(
             model=model,
-            args=objective.config(
-                beta=p.dpo_beta,
-                max_steps=p.dpo_steps,
-                # a judgement is half a pair
-                per_device_train_batch_size=p.dpo_batch_size * (1 if objective.paired else 2),
-                learning_rate=p.dpo_learning_rate or METHODS[p.method].learning_rate * SHARE_OF_SFT_RATE,
-                **objective.settings,
-                **common(p, model, folder),
-            ),
+            args=objective.config(beta=p.dpo_beta, **objective.settings, **arguments),
             train_dataset=rows,
             eval_dataset=unseen,
             processing_class=tokenizer,
-            peft_config=config,
+            peft_config=setup.new_adapter(),
             **reference,
         )
-    if config is not None:
+    if not setup.full:
         models.widen_trained(trainer.model)
     trainer.first_loss = objective.first_loss(p.dpo_beta) if objective.first_loss else None
     return trainer

@@ -26,9 +26,11 @@ from kit.lake import Counts, Lake, Manifest, StageWriter
 from kit.params import ContinuePretraining
 from kit.train import models
 from kit.train.encode import IGNORED, perplexity
-from kit.train.loop import common, quiet, run, steps_table
+from kit.train.loop import quiet, run
+from kit.train.meter import steps_table
 from kit.train.models import ModelError
-from kit.train.sft import SftTrainer, require_context
+from kit.train.setup import Setup, resolve, trainer_arguments
+from kit.train.sft import SftTrainer
 
 Texts = dict[str, str]
 DOMAIN, GENERAL, HELD = "domain", "general", "held out: "
@@ -47,8 +49,9 @@ def pretrain(p: ContinuePretraining, lake: Lake) -> Manifest:
     threads, metrics, trained = models.set_threads(p.threads), {}, set()
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-pretrain-") as temp:
         texts, lost, total = gather(p, lake, out)
-        for name in ("scratch", "model"):
-            trainer, metrics[name], reached = fit(p, name, texts, Path(temp, name))
+        for setup in (resolve(p, each) for each in p.fits()):
+            name = setup.fit.name
+            trainer, metrics[name], reached = fit(p, setup, texts, Path(temp, name))
             folder, base = Path(temp, name, "made"), p.base_model if name == "model" else ""
             models.save_adapter(trainer.model, folder, base)
             trainer.processing_class.save_pretrained(folder)
@@ -56,7 +59,7 @@ def pretrain(p: ContinuePretraining, lake: Lake) -> Manifest:
             out.table(f"steps-{name}", steps_table(trainer), measured=True)
             metrics[name]["what_ran"] |= {"threads": threads, "packing": "wrapped"}
             trained |= reached
-        lost += Counter({use: len(found) for use, found in texts.items() if use.startswith(HELD)})
+        lost += Counter({use: len(texts[use]) for use in (HELD + DOMAIN, HELD + GENERAL)})
         lost["not reached in pretrain_steps"] = len(texts[DOMAIN]) + len(texts[GENERAL]) - len(trained)
         return out.commit(Counts(records_in=total, records_out=len(trained), dropped=+lost), metrics)
 
@@ -188,43 +191,50 @@ def score(model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]) -> dict
     return found
 
 
-def fit(p: ContinuePretraining, name: str, texts: dict[str, Texts], folder: Path) -> tuple[Any, Any, Any]:
+def fit(p: ContinuePretraining, setup: Setup, texts: dict[str, Texts], folder: Path) -> tuple[Any, Any, Any]:
     """Train `scratch` or `model` in the order of the text, from its beginning again where it ends.
 
     Returns the trainer, metrics, and the ids of texts that a step saw something of.
     """
-    main, share, kind = texts[DOMAIN], p.replay_share, "continue"
-    if name == "scratch":
-        both, share, kind = main | texts[GENERAL], 0.0, "pretrain"
+    main, share = texts[DOMAIN], p.replay_share
+    if setup.fit.name == "scratch":
+        both, share = main | texts[GENERAL], 0.0
         main = {key: both[key] for (key,) in shuffled(zip(both), 0, p.seed)}
         model, tokenizer = new_model(p, main.values())
-    else:  # in float32: small updates vanish in bfloat16 weights
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-        model = models.load_model(p.base_model, dtype="float32", trust_remote_code=p.trust_remote_code)
-        require_context(model, p.max_tokens)
-    steps, batch, rate = (getattr(p, f"{kind}_{x}") for x in ("steps", "batch_size", "learning_rate"))
-    rows, begins = wrap(main, tokenizer, p.max_tokens)
-    again, begins_again = wrap(texts[GENERAL], tokenizer, p.max_tokens) if share else ([], {})
+    else:  # in float32, as all weights are that are trained
+        setup.require_context()
+        tokenizer, model = setup.tokenizer(), setup.model()
+    rows, begins = wrap(main, tokenizer, setup.fit.tokens)
+    again, begins_again = wrap(texts[GENERAL], tokenizer, setup.fit.tokens) if share else ([], {})
     # replayed rows evenly among the others (Ibrahim et al. 2024)
-    which = [int((i + 1) * share + 1e-9) > int(i * share + 1e-9) for i in range(steps * batch)]
+    taken = range(setup.fit.steps * setup.fit.step_rows)
+    which = [int((i + 1) * share + 1e-9) > int(i * share + 1e-9) for i in taken]
     turns = itertools.cycle(range(len(rows))), itertools.cycle(range(len(rows), len(rows + again)))
     every = datasets.Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows + again])
-    settings = common(p, model, folder) | {"learning_rate": rate, "per_device_train_batch_size": batch}
-    settings |= {"max_steps": steps, "train_sampling_strategy": "sequential", "completion_only_loss": False}
+    arguments = trainer_arguments(setup, model, folder)
+    arguments |= {"train_sampling_strategy": "sequential", "completion_only_loss": False}
     with quiet():
-        args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **settings)
+        args = SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, **arguments)
         data = every.select([next(turns[replay]) for replay in which])
         trainer = SftTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
-    # the beginning of each text, a window for any tokenizer: two characters a token
-    cut, held = re.compile(rf"\S+\s.{{0,{2 * p.max_tokens}}}(?!\S)", re.DOTALL), {}
-    for use in (u for u in (DOMAIN, GENERAL) if texts[HELD + u]):
-        held[use] = [m[0] for text in texts[HELD + use].values() if (m := cut.match(text))][: p.eval_rows]
-    amp = torch.autocast(model.device.type, torch.bfloat16, enabled=settings["bf16"])
+    held = passages(p, texts)
+    amp = torch.autocast(model.device.type, torch.bfloat16, enabled=arguments["bf16"])
     before = amp(score)(model, tokenizer, held)
-    ran = run(trainer, name)
+    ran = run(trainer, setup.fit.name)
     ran |= {"before": before, "after": amp(score)(model, tokenizer, held), "replayed_rows": sum(which)}
     trained = ((begins, len(which) - sum(which)), (begins_again, sum(which)))
     reached = {key for begins, n in trained for key, row in begins.items() if row < n}
     ran |= {"documents": len(reached), "epochs": round((len(which) - sum(which)) / len(rows), 3)}
-    ran["bytes_per_token"] = round(sum(len(t.encode()) for t in main.values()) / len(rows) / p.max_tokens, 4)
+    size = sum(len(text.encode()) for text in main.values())
+    ran["bytes_per_token"] = round(size / len(rows) / setup.fit.tokens, 4)
     return trainer, ran, reached
+
+
+def passages(p: ContinuePretraining, texts: Mapping[str, Texts]) -> dict[str, list[str]]:
+    """The beginnings of held-out texts, by use, cut at a space to a window for any tokenizer: two characters a token."""
+    beginning = re.compile(rf"\S+\s.{{0,{2 * p.max_tokens}}}(?!\S)", re.DOTALL)
+    held = {}
+    for use in (u for u in (DOMAIN, GENERAL) if texts[HELD + u]):
+        cut = (beginning.match(text) for text in texts[HELD + use].values())
+        held[use] = [passage[0] for passage in cut if passage][: p.eval_rows]
+    return held

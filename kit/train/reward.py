@@ -24,12 +24,15 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from kit import show
 from kit.lake import Lake, Manifest
 from kit.params import RewardAndPolicy, Training
+from kit.params.fit import Fit
 from kit.train import models
 from kit.train.encode import Rows, perplexity, prepare
-from kit.train.loop import Metered, common, quiet, run, steps_table
-from kit.train.methods import METHODS, adapter_config, base_quantization
+from kit.train.loop import quiet, run
+from kit.train.meter import Metered, steps_table
+from kit.train.methods import METHODS
 from kit.train.plan import require_fit
 from kit.train.preference import usable
+from kit.train.setup import Setup, resolve, trainer_arguments
 from kit.train.trust import calibration, hacking, repetition, wilson
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
@@ -63,10 +66,8 @@ class LeaveOneOutTrainer(Sampled, RLOOTrainer):
 OBJECTIVES = {"grpo": (GroupTrainer, GRPOConfig), "rloo": (LeaveOneOutTrainer, RLOOConfig)}
 
 
-def untrained(p: Training, pad: int, kind: str) -> PreTrainedModel:
-    """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, no chance."""
-    options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
-    base = models.load_model(p.base_model, quantization=kind, **options)
+def untrained(base: PreTrainedModel, pad: int) -> PreTrainedModel:
+    """`base` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, no chance."""
     base.config.num_labels, base.config.pad_token_id = 1, pad  # the last token that is no padding is read
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(base.config)
@@ -104,8 +105,10 @@ class Judge:
 def load_reward(p: Training, folder: str | Path) -> Judge:
     """The reward model of `folder` (adapter and head) on `p.base_model`."""
     tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-    base = untrained(p, tokenizer.pad_token_id, models.tuned_on(folder)["quantization"])
-    return Judge(PeftModel.from_pretrained(base, str(folder)), tokenizer)
+    options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
+    base = models.load_model(p.base_model, quantization=models.tuned_on(folder)["quantization"], **options)
+    model = untrained(base, tokenizer.pad_token_id)
+    return Judge(PeftModel.from_pretrained(model, str(folder)), tokenizer)
 
 
 def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
@@ -124,19 +127,21 @@ def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most
     return pairs
 
 
-def train_reward(p: RewardAndPolicy, tokenizer: Any, pairs: Rows, folder: Path) -> tuple[Any, dict[str, Any]]:
+def train_reward(setup: Setup, tokenizer: Any, pairs: Rows, folder: Path) -> tuple[Any, dict[str, Any]]:
     """The trainer, and the metrics, of a reward model fitted to `pairs`; `folder` is for its log."""
-    config, model = adapter_config(p), untrained(p, tokenizer.pad_token_id, base_quantization(p))
-    config.task_type, config.modules_to_save = TaskType.SEQ_CLS, ["score"]
-    # the second: pairs leave the mean open (Eisenstein et al. 2023)
-    shared = common(p, model, folder) | {"max_length": p.reward_tokens, "center_rewards_coefficient": 0.01}
-    sizes = {"max_steps": p.reward_steps, "per_device_train_batch_size": p.reward_batch_size}
-    args = RewardConfig(learning_rate=p.reward_learning_rate, **sizes, **shared)
-    given = {"processing_class": tokenizer, "peft_config": config}
+    model = untrained(setup.model(), tokenizer.pad_token_id)
+    adapter = setup.new_adapter()
+    adapter.task_type = TaskType.SEQ_CLS
+    adapter.modules_to_save = ["score"]
+    # pairs leave the mean open (Eisenstein et al. 2023)
+    args = RewardConfig(center_rewards_coefficient=0.01, **trainer_arguments(setup, model, folder))
+    rows = Dataset.from_list(pairs.rows)
     with quiet():
-        made = RewardModelTrainer(model, args, train_dataset=Dataset.from_list(pairs.rows), **given)
-    models.widen_trained(made.model)
-    return made, run(made, "reward model")
+        trainer = RewardModelTrainer(
+            model, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
+        )
+    models.widen_trained(trainer.model)
+    return trainer, run(trainer, "reward model")
 
 
 def judged(judge: Judge, held: Rows) -> dict[str, Any]:
@@ -160,9 +165,9 @@ def judged(judge: Judge, held: Rows) -> dict[str, Any]:
     }
 
 
-def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy, least: int) -> Dataset:
+def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, policy: Fit, least: int) -> Dataset:
     """Distinct prompts that leave room for an answer in what the reward model reads; raises `ModelError`."""
-    room = p.reward_tokens - p.policy_tokens
+    room = policy.tokens - policy.written
     asked = dict.fromkeys(r["prompt"] for r in rows if (r["prompt"] or "").strip())
     kept = [{"prompt": q} for q in asked if len(tokenizer(q)["input_ids"]) <= room]
     if len(kept) < least:  # TRL would leave an incomplete batch out, and train on nothing
@@ -171,21 +176,37 @@ def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy,
     return Dataset.from_list(kept)
 
 
-def build_policy(p: RewardAndPolicy, model: Any, judge: Judge, asked: Sequence[Dataset], folder: Path) -> Any:
+def build_policy(
+    p: RewardAndPolicy, setup: Setup, model: Any, judge: Judge, asked: Sequence[Dataset], folder: Path
+) -> Any:
     """The TRL trainer for `p`; `model` becomes policy and, with its new adapter off, reference."""
-    trainer, config = OBJECTIVES[p.policy_objective]
-    shared = {k: v for k, v in common(p, model, folder).items() if k != "max_length"}
-    sizes = {"per_device_train_batch_size": p.policy_prompts * p.policy_generations}
-    sizes |= {"per_device_eval_batch_size": 10 * ANSWERS, "num_generations_eval": ANSWERS}
-    sizes |= {"num_generations": p.policy_generations, "max_completion_length": p.policy_tokens}
-    rates = {"learning_rate": p.policy_learning_rate, "beta": p.policy_kl_beta, "epsilon": p.policy_clip}
-    sizes |= {"max_steps": p.policy_steps, "num_iterations": p.policy_iterations}
-    args = config(disable_dropout=True, **sizes, **rates, **shared)
-    given = {"processing_class": judge.tokenizer, "peft_config": adapter_config(p)}
+    trainer_class, config = OBJECTIVES[p.policy_objective]
+    arguments = trainer_arguments(setup, model, folder)
+    del arguments["max_length"]  # TRL's trainers that sample have none
+    arguments["per_device_train_batch_size"] = setup.fit.pass_texts  # they count answers, not prompts
+    args = config(
+        disable_dropout=True,
+        per_device_eval_batch_size=10 * ANSWERS,
+        num_generations=setup.fit.texts,
+        num_generations_eval=ANSWERS,
+        max_completion_length=setup.fit.written,
+        num_iterations=p.policy_iterations,
+        beta=p.policy_kl_beta,
+        epsilon=p.policy_clip,
+        **arguments,
+    )
     with quiet():
-        made = trainer(model, judge, args, train_dataset=asked[0], eval_dataset=asked[1], **given)
-    models.widen_trained(made.model)
-    return made
+        trainer = trainer_class(
+            model,
+            judge,
+            args,
+            train_dataset=asked[0],
+            eval_dataset=asked[1],
+            processing_class=judge.tokenizer,
+            peft_config=setup.new_adapter(),
+        )
+    models.widen_trained(trainer.model)
+    return trainer
 
 
 def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tuple[dict[str, float], list]:
@@ -210,43 +231,54 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     do, and a first KL that is not 0.
     """
     models.set_threads(p.threads)
-    if not isinstance(adapter_config(p), LoraConfig):
+    reward, policy = (resolve(p, fit) for fit in p.fits())
+    if not isinstance(reward.adapter, LoraConfig):
         raise models.ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
-    kind = base_quantization(p)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
         data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
         if not METHODS[below := tuned.params["method"]].merges:
             raise models.ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
         found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-        pairs = prepare_pairs(found, tokenizer, p.reward_tokens, "train")
-        unseen = prepare_pairs(found, tokenizer, p.reward_tokens, "heldout", p.reward_eval_pairs)
-        least = (p.policy_prompts * p.gradient_accumulation, 1)
-        asked = [prepare_prompts(r, tokenizer, p, n) for r, n in zip(rows, least)]
+        tokenizer = reward.tokenizer()
+        pairs = prepare_pairs(found, tokenizer, reward.fit.tokens, "train")
+        unseen = prepare_pairs(found, tokenizer, reward.fit.tokens, "heldout", p.reward_eval_pairs)
+        asked = [
+            prepare_prompts(r, tokenizer, policy.fit, n) for r, n in zip(rows, (policy.fit.step_rows, 1))
+        ]
         held = prepare(rows[1][: p.eval_rows], tokenizer, p.max_tokens)
-        require_fit(p, rows_tokens=[p.reward_tokens], quantization=kind)
-        fitted, learned = train_reward(p, tokenizer, pairs, Path(temp, "r"))
+        for setup in (reward, policy):  # before the first is trained for nothing
+            require_fit(setup, rows_tokens=[setup.fit.tokens])
+        fitted, learned = train_reward(reward, tokenizer, pairs, Path(temp, "r"))
         judge = Judge(fitted.model, tokenizer)
         learned |= judged(judge, unseen)
-        options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code, "quantization": kind}
-        model = models.load_model(p.base_model, adapters=[lake.local_folder(tuned, "model")], **options)
-        trainer = build_policy(p, model, judge, asked, Path(temp, "p"))
+        model = policy.model(adapters=[lake.local_folder(tuned, "model")])
+        trainer = build_policy(p, policy, model, judge, asked, Path(temp, "p"))
         before, first = measure(trainer, judge, held, p.seed, "before")
         ran = run(trainer, f"policy {p.policy_objective}")
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
             raise models.ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
         after, last = measure(trainer, judge, held, p.seed, "after")
-        for made, name in ((fitted, "reward"), (trainer, "model")):
-            out.folder(name, models.save_adapter(made.model, Path(temp, name), p.base_model, kind))
-            out.table(f"{name}_steps", steps_table(made), measured=True)
+        for name, trained in (("reward", fitted), ("model", trainer)):
+            folder = Path(temp, name)
+            models.save_adapter(trained.model, folder, policy.base_model, policy.quantization)
+            out.folder(name, folder)
+            out.table(f"{name}_steps", steps_table(trained), measured=True)
         out.table("answers", pa.Table.from_pylist(first + last))
-        reference = "the tuned model, new adapter off" if p.policy_kl_beta else "none, policy_kl_beta is 0"
-        flat, hacked = sum(s.get("frac_reward_zero_std") == 1 for s in steps), hacking(before, after)
-        ran["what_ran"] |= {"reference": reference, "objective": p.policy_objective}
-        ran["flops_convention"] += "; sampling, reference and reward model not counted"
-        print(f"reference: {reference}; reward hacking: {', '.join(hacked) or 'no sign'}")
-        print(f"all rewards equal in {flat} of {len(steps)} steps")
-        metrics = {"reward_model": learned, "policy": ran | {"flat_steps": flat}, "hacked": hacked}
-        counts = pairs.counts(p.reward_steps, p.reward_batch_size * p.gradient_accumulation, "reward_steps")
-        return out.commit(counts, metrics | {"before": before, "after": after})
+        hacked = hacking(before, after)
+        metrics = {"reward_model": learned, "policy": told_of_policy(p, policy, ran, steps, hacked)}
+        counts = pairs.counts(reward.fit.steps, reward.fit.step_rows, "reward_steps")
+        return out.commit(counts, metrics | {"hacked": hacked, "before": before, "after": after})
+
+
+def told_of_policy(
+    p: RewardAndPolicy, policy: Setup, ran: dict[str, Any], steps: Sequence[Mapping], hacked: Sequence[str]
+) -> dict[str, Any]:
+    """The policy's metrics with its reference and how many steps taught nothing; prints what a person must know."""
+    reference = "the tuned model, new adapter off" if policy.fit.reference else "none, policy_kl_beta is 0"
+    flat = sum(step.get("frac_reward_zero_std") == 1 for step in steps)
+    ran["what_ran"] |= {"reference": reference, "objective": p.policy_objective}
+    ran["flops_convention"] += "; sampling, reference and reward model not counted"
+    print(f"reference: {reference}; reward hacking: {', '.join(hacked) or 'no sign'}")
+    print(f"all rewards equal in {flat} of {len(steps)} steps")
+    return ran | {"flat_steps": flat}

@@ -15,18 +15,17 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit.params import Tuning
 from kit.train.shipped import ModelError
 
 if TYPE_CHECKING:
-    from kit.train import plan
+    from kit.train.setup import Setup
 
 STRATEGIES = ("ddp", "fsdp", "pipeline", "tensor", "tensor_ddp", "tensor_data")
 """`tensor_ddp` and `tensor_data`: tensor-parallel groups, whose gradients are reduced, or all is sharded (FSDP2)."""
@@ -176,31 +175,47 @@ def _sends(
         yield 2 * each, 2 * (work.chunks or work.microbatches), s, 1, 0.0
 
 
-def work_of(p: Tuning, machine: plan.Machine) -> Work:
-    """A step of training `p`, every row `max_tokens` long, from the plan for one `machine`. Raises `ModelError`."""
+def work_of(setup: Setup) -> Work:
+    """A step of a training, every text as long as it may be, from the plan for its machine. Raises `ModelError`."""
     from kit.train import dry, plan  # with TRL and PEFT; a rank that only measures its links does without
 
-    made, (_, rows, texts, steps) = plan.plan(p, machine), plan.size(p)
-    full, dtype = p.method == "full", plan._dtype(p, machine)
-    base, mixed = (p.base_model, p.trust_remote_code), full and dtype == torch.bfloat16
-    seen = dry.look(*base, p.method, p.lora_r, p.virtual_tokens, torch.float32 if full else dtype, mixed)
-    heads = dry.read_config(*base).get_text_config()
+    seen, fit, machine, dtype = setup.seen, setup.fit, setup.machine, setup.dtype
+    made = plan.plan(setup)
+    config = dry.read_config(setup.base_model, setup.trust_remote_code).get_text_config()
     # a plan's activations are the room that AdamW's update takes where that is more; in 8 bits it takes none
-    forward = plan.plan(p.model_copy(update={"optimizer": "adamw_8bit"}), machine).parts["activations"]
-    m, saved = p.gradient_accumulation, max(forward * plan.MB, 1.0)
-    rows, parameters = rows * texts * m, seen.linear + seen.other + seen.trained * (not full)
+    forward = plan.plan(replace(setup, optimizer="adamw_8bit")).parts["activations"]
+    passes, saved = fit.accumulation, max(forward * plan.MB, 1.0)
+    texts = fit.step_rows * fit.texts
+    parameters = seen.linear + seen.other + seen.trained * (not setup.full)
     weight = sum(made.parts.get(x, 0) for x in ("weights", "trained", "reference")) * plan.MB / parameters
-    positions = rows * (p.max_tokens + seen.virtual)
-    inputs = p.activation_checkpointing * seen.layers * seen.hidden * dtype.itemsize * positions / m / saved
+    positions = texts * (fit.tokens + seen.virtual)
+    again = setup.activation_checkpointing
+    inputs = again * seen.layers * seen.hidden * dtype.itemsize * positions / passes / saved
     speed = machine.flops_per_s * plan.EFFICIENCY["gpu" if machine.gpu else dtype]
     return Work(
-        parameters, seen.trained, seen.layers, getattr(heads, "num_key_value_heads", None) or heads.num_attention_heads,
-        seen.hidden, rows * p.max_tokens, positions, (made.seconds / steps - m * plan.PASS_S) * speed, saved, rows, m, rows,
-        weight=weight, wire=min(weight, dtype.itemsize), optimizer=plan.OPTIMIZER[p.optimizer],
-        update=4.0 * (machine.gpu and p.optimizer == "adamw"), value=dtype.itemsize, end=seen.flops.head,
-        replicated=min(1.0, inputs + (1 - inputs) * 10 / 34), reductions=4 + 2 * p.activation_checkpointing,
-        end_flops=(6 + 2 * full) * seen.flops.head * positions, pass_s=plan.PASS_S,
-    )  # fmt: skip
+        parameters=parameters,
+        trained=seen.trained,
+        layers=seen.layers,
+        heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        hidden=seen.hidden,
+        tokens=texts * fit.tokens,
+        positions=positions,
+        flops=(made.seconds / fit.steps - passes * plan.PASS_S) * speed,
+        activations=saved,
+        rows=texts,
+        microbatches=passes,
+        chunks=texts,
+        weight=weight,
+        wire=min(weight, dtype.itemsize),
+        optimizer=plan.OPTIMIZER[setup.optimizer],
+        update=4.0 * (machine.gpu and setup.optimizer == "adamw"),
+        value=dtype.itemsize,
+        replicated=min(1.0, inputs + (1 - inputs) * 10 / 34),
+        reductions=4 + 2 * again,
+        end=seen.flops.head,
+        end_flops=(6 + 2 * setup.full) * seen.flops.head * positions,
+        pass_s=plan.PASS_S,
+    )
 
 
 def measured_links(flops_per_s: float, overlap: float = 0.0, repeats: int = 9) -> Links:

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -21,10 +20,11 @@ from kit.params import FinetuneSft
 from kit.params.train import PASS_TOKENS
 from kit.train import models
 from kit.train.encode import Rows, collate_packed, perplexity, prepare
-from kit.train.loop import Metered, common, quiet, recipe, run, steps_table, work_folder
-from kit.train.methods import adapter_config, base_quantization, begin, learning_rate
-from kit.train.models import ModelError
-from kit.train.plan import Machine, plan, require_fit, this_machine
+from kit.train.loop import quiet, run, work_folder
+from kit.train.meter import Metered, steps_table
+from kit.train.methods import begin
+from kit.train.plan import plan, require_fit
+from kit.train.setup import Setup, resolve, trainer_arguments
 
 SHARE_OF_MEMORY = 0.8
 """Of the free memory, what a batch found by the plan may need: the plan is off by a tenth or so."""
@@ -83,134 +83,116 @@ def fit(
 ) -> Fitted:
     """Tune a model on encoded rows; `folder` holds its checkpoints and log. What 60, 61, 80 and a cluster call.
 
-    `changes` take the place of what `kit.train.fast` would set, by its names.
+    `changes` take the place of what `kit.train.settings` would set, by its names.
     """
     threads = models.set_threads(p.threads)
-    config, quantization = adapter_config(p), base_quantization(p)
-    why_not = "a learned prompt would stand before one row only" if prompts(config) and p.packing else ""
-    if why_not:
-        print(f"packing: none, {why_not}")
-    p = p.model_copy(update={"packing": p.packing and not why_not})
-    made = {**recipe(p), **changes}
-    rows, lengths = pack(p, train)
-    p = with_batch(p, lengths, quantization, folder)
-    needed = require_fit(p, rows_tokens=lengths, quantization=quantization)
+    setup = resolve(p, changes=changes)
+    if setup.unpacked:
+        print(f"packing: none, {setup.unpacked}")
+    setup.require_context()
+    rows, lengths = pack(setup, train)
+    setup = with_batch(setup, lengths, folder)
+    needed = require_fit(setup, rows_tokens=lengths)
     print(needed.line())
-    model = models.load_model(
-        p.base_model,
-        dtype=made["weights"],
-        quantization=quantization,
-        trust_remote_code=p.trust_remote_code,
-    )
-    require_context(model, p.max_tokens)
+    model = setup.model()
     before, _ = perplexity(model, tokenizer, heldout.rows)
-    trainer = build(p, model, tokenizer, rows, config, folder, made)
-    ran = run(trainer, f"sft {p.method}")
+    trainer = build(setup, model, tokenizer, rows, folder)
+    ran = run(trainer, f"sft {setup.method}")
     after, scored = perplexity(trainer.model, tokenizer, heldout.rows)
-    rows_a_step = p.sft_batch_size * p.gradient_accumulation * len(train.rows) / len(rows)
+    rows_a_step = setup.fit.step_rows * len(train.rows) / len(rows)
     metrics = {
         **ran,
-        "samples_per_s": round(p.sft_steps * rows_a_step / ran["train_seconds"], 3),
+        "samples_per_s": round(setup.fit.steps * rows_a_step / ran["train_seconds"], 3),
         "perplexity_before": before,
         "perplexity_after": after,
         "heldout_before": math.log(before),
         "heldout_after": math.log(after),
         "perplexity_tokens": scored,
         "truncated_rows": train.truncated,
-        "packed_rows": len(rows) if p.packing else 0,
+        "packed_rows": len(rows) if setup.packing else 0,
         "epochs": round(trainer.state.epoch or 0.0, 3),
         "estimate": needed.compared(ran),
         "memory_parts_mb": {name: round(mb, 1) for name, mb in needed.parts.items()},
         "trainer": trainer,
     }
     metrics["what_ran"] |= {
-        "method": p.method,
-        "base": quantization,
+        "method": setup.method,
+        "base": setup.quantization,
         "task": p.task,
-        "packing": "best fit, documents kept apart" if p.packing else "none" + f": {why_not}" * bool(why_not),
+        "packing": packing_words(setup),
         "rows dropped": sum(train.dropped.values()),
         "of these fully masked": train.dropped.get("prompt fills max_tokens", 0),
         "threads": threads,
         "padding": tokenizer.pad_note,
     }
-    return Fitted(trainer.model, tokenizer, quantization, metrics, rows_a_step)
+    return Fitted(trainer.model, tokenizer, setup.quantization, metrics, rows_a_step)
 
 
-def prompts(config: PeftConfig | None) -> bool:
-    """Whether a learned prompt or prefix stands before every row."""
-    return config is not None and config.is_prompt_learning
+def packing_words(setup: Setup) -> str:
+    """How rows were packed, or why not."""
+    if setup.packing:
+        return "best fit, documents kept apart"
+    return f"none: {setup.unpacked}" if setup.unpacked else "none"
 
 
-def with_batch(p: FinetuneSft, lengths: Sequence[int], quantization: str, folder: Path) -> FinetuneSft:
-    """`p` with its batch; for 0 the one that `folder` remembers, else the one that `largest_batch` finds, printed."""
-    if p.sft_batch_size:
-        return p
-    kept, machine = folder / BATCH, this_machine(p)
+def with_batch(setup: Setup, lengths: Sequence[int], folder: Path) -> Setup:
+    """The setup with its batch; for 0 the one that `folder` remembers, else the one that `largest_batch` finds, printed."""
+    if not setup.fit.fill_memory:
+        return setup
+    kept = folder / BATCH
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(str(largest_batch(p, lengths, quantization, machine)), encoding="utf-8")
-    p = p.model_copy(update={"sft_batch_size": int(kept.read_text(encoding="utf-8"))})
+        kept.write_text(str(largest_batch(setup, lengths)), encoding="utf-8")
+    setup = setup.with_rows(int(kept.read_text(encoding="utf-8")))
     print(
-        f"batch: {p.sft_batch_size} rows a pass, {p.gradient_accumulation} passes a step, "
-        f"{machine.memory_mb / 1024:.1f} GB free"
+        f"batch: {setup.fit.rows} rows a pass, {setup.fit.accumulation} passes a step, "
+        f"{setup.machine.memory_mb / 1024:.1f} GB free"
     )
-    return p
+    return setup
 
 
-def largest_batch(p: FinetuneSft, lengths: Sequence[int], quantization: str, machine: Machine) -> int:
+def largest_batch(setup: Setup, lengths: Sequence[int]) -> int:
     """The largest power of two of rows that needs `SHARE_OF_MEMORY` of the free memory and `PASS_TOKENS` at most."""
     rows = 1
     while 2 * rows * max(lengths) <= PASS_TOKENS:
-        larger = plan(p.model_copy(update={"sft_batch_size": 2 * rows}), machine, lengths, quantization)
-        if larger.memory_mb > SHARE_OF_MEMORY * machine.memory_mb:
+        larger = plan(setup.with_rows(2 * rows), lengths)
+        if larger.memory_mb > SHARE_OF_MEMORY * setup.machine.memory_mb:
             break
         rows *= 2
     return rows
 
 
-def require_context(model: PreTrainedModel, max_tokens: int) -> None:
-    """Raise `ModelError` for rows longer than the model was made for: positions past its end are noise."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most and max_tokens > most:
-        raise ModelError(f"max_tokens={max_tokens} is longer than the model's context of {most} tokens")
-
-
-def pack(p: FinetuneSft, train: Rows) -> tuple[datasets.Dataset, list[int]]:
+def pack(setup: Setup, train: Rows) -> tuple[datasets.Dataset, list[int]]:
     """The rows as the trainer takes them, packed where asked, and the length of each in tokens."""
     rows = datasets.Dataset.from_list(train.rows)
-    if p.packing:
+    if setup.packing:
         with quiet():
-            rows = pack_dataset(rows, p.max_tokens, strategy="bfd")
+            rows = pack_dataset(rows, setup.fit.tokens, strategy="bfd")
     return rows, [len(ids) for ids in rows["input_ids"]]
 
 
 def build(
-    p: FinetuneSft,
+    setup: Setup,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
-    config: PeftConfig | None,
     folder: Path,
-    made: dict[str, Any],
 ) -> SftTrainer:
-    """The TRL trainer for `p`, over rows encoded here, so that nothing is dropped or masked unseen."""
+    """The TRL trainer, over rows encoded here, so that nothing is dropped or masked unseen."""
     with quiet():
         trainer = SftTrainer(
             model=model,
             args=SFTConfig(
-                max_steps=p.sft_steps,
-                per_device_train_batch_size=p.sft_batch_size,
-                learning_rate=learning_rate(p, p.sft_learning_rate),
                 dataset_kwargs={"skip_prepare_dataset": True},
                 completion_only_loss=False,  # the labels already say which tokens count
-                **common(p, model, folder, p.checkpoint_steps, made),
+                **trainer_arguments(setup, model, folder),
             ),
             train_dataset=rows,
             processing_class=tokenizer,
-            peft_config=config,
-            data_collator=collator(p.packing, made["attention"], tokenizer.pad_token_id),
+            peft_config=setup.new_adapter(),
+            data_collator=collator(setup.packing, setup.recipe["attention"], tokenizer.pad_token_id),
         )
-    if config is not None:
+    if not setup.full:
         models.widen_trained(trainer.model)
         begin(trainer.model, rows[0]["input_ids"])
     return trainer

@@ -1,4 +1,4 @@
-"""Fast on one device: what the kit sets otherwise than TRL, each under a name of its own, to be switched one by one.
+"""What the kit sets otherwise than TRL, to be fast on one device, each under a name of its own, to be switched one by one.
 
 Imports only torch and transformers, so that a bare GPU machine can run it. `STOCK` is TRL 1.16 as it comes.
 """
@@ -33,7 +33,7 @@ STOCK: dict[str, Any] = {
 """What `SFTTrainer` does unasked, by the kit's names, and where it says so."""
 
 
-def settings(
+def recipe(
     *,
     full: bool,
     bf16: bool = True,
@@ -59,16 +59,21 @@ def settings(
         "attention": attention_kernel(attention, gpu),
         "optimizer": OPTIMIZERS[optimizer],
         "compile": compiled(compile_model, steps, gpu),
-        "loss_tile": STOCK["loss_tile"] if gpu else CPU_TILE,
+        "loss_tile": loss_tile(gpu),
         "pin_memory": gpu,
     }
 
 
 def arguments(made: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `settings` that TRL's configurations take."""
+    """The part of `recipe` that TRL's configurations take."""
     names = {"bf16": "autocast", "optim": "optimizer", "dataloader_pin_memory": "pin_memory"}
     names |= {"activation_checkpointing": "activation_checkpointing"}
     return {theirs: made[ours] for theirs, ours in names.items()}
+
+
+def loss_tile(gpu: bool) -> int:
+    """Vocabulary entries of a tile of TRL's chunked loss."""
+    return STOCK["loss_tile"] if gpu else CPU_TILE
 
 
 def attention_kernel(wanted: str, gpu: bool) -> str:
