@@ -43,6 +43,7 @@ NOT_IN_CONTENT = {
     "kit.params",
     "kit.params.stage",
     "kit.params.data",
+    "kit.params.fit",
     "kit.params.train",
     "kit.show",
     "kit.cost",

@@ -8,7 +8,7 @@ from kit import params
 from kit.measure import benchmark
 from kit.measure.benchmark import benchmark_training, cells
 from kit.params import ParamError
-from kit.train import fast
+from kit.train import settings
 from kit.train.meter import PARTS
 from kit.train.methods import METHODS
 from kit.train.preference import align
@@ -102,7 +102,7 @@ def test_cells_are_words_and_alternatives_are_multiplied_out():
     ]
     assert made[1].params == {"method": "full"} and not made[1].changes
     (stock,) = cells(["stock"])
-    assert stock.changes == fast.STOCK and stock.params["packing"] is False
+    assert stock.changes == settings.STOCK and stock.params["packing"] is False
     (nearly,) = cells(["stock packing=true compile_model=on loss_tile=2048"])
     assert nearly.params["packing"] == "true" and nearly.changes["loss_tile"] == 2048
     assert not {"packing", "compile"} & set(nearly.changes), "the word comes after stock, and holds"

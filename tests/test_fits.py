@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 from test_models import tiny_model
 
-from kit import cost, pipeline
-from kit.lake import Counts, Lake
+from kit import ROOT, cost, pipeline
+from kit.lake import NOT_IN_CONTENT, Counts, Lake
 from kit.params import (
     NOTEBOOKS,
     AlignDpo,
@@ -100,3 +100,8 @@ def test_a_stage_that_a_parameter_names_is_made_first(tmp_path, monkeypatch, p, 
     given = {"lake": str(tmp_path), "base_model": tiny_model()}
     pipeline.open_lake(p.model_copy(update=given))
     assert more in made and BuildDatasets.stage in made
+
+
+def test_no_result_gets_stale_by_a_parameter_of_another_stage():
+    modules = {f"kit.params.{path.stem}" for path in (ROOT / "kit" / "params").glob("[a-z]*.py")}
+    assert "kit.params.fit" in modules <= NOT_IN_CONTENT

@@ -69,8 +69,19 @@ def test_a_policy_that_does_not_fit_names_its_own_parameters():
     both, wrong = plan.foresee(p, machine)
     assert "policy_prompts=1" in wrong
     assert both.seconds == plan.plan(reward).seconds + plan.plan(policy).seconds
-    short = resolve(p.model_copy(update={"policy_prompts": 1, "reward_tokens": 4096}), p.fits()[1], machine)
-    assert "max_tokens" not in (plan.nearest(short) or [{}])[0]
+
+
+def test_texts_that_are_too_long_for_the_machine_are_shortened_by_the_parameter_that_sets_them():
+    """71 reads reward_tokens of a text: to lower max_tokens, as was said before, changes nothing."""
+    p = RewardAndPolicy(
+        base_model=tiny_model(), dtype="float32", method="qlora", optimizer="adamw_8bit", reward_tokens=4096,
+        policy_prompts=1, activation_checkpointing=True,
+    )  # fmt: skip
+    shorter = p.model_copy(update={"reward_tokens": 1024})
+    enough = plan.plan(resolve(shorter, shorter.fits()[1], GPU)).memory_mb
+    machine = replace(GPU, memory_mb=enough)
+    changes, made = plan.nearest(resolve(p, p.fits()[1], machine))
+    assert changes == {"reward_tokens": 1024} and made.memory_mb == enough
 
 
 def test_only_a_reference_adds_its_forward_pass():

@@ -145,10 +145,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens:
 
 def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
     """The job of one way, and on how many ranks."""
+    (fit,) = p.fits()
     job = Job(
-        strategy=name, rows=p.classify_batch_size * p.gradient_accumulation, accumulation=p.gradient_accumulation,
-        tensor=p.tensor_ranks, steps=p.classify_steps, check_steps=p.check_steps,
-        learning_rate=p.classify_learning_rate, dtype=str(models.pick_dtype(p.dtype)).removeprefix("torch."),
+        strategy=name, rows=fit.step_rows, accumulation=fit.accumulation,
+        tensor=p.tensor_ranks, steps=fit.steps, check_steps=p.check_steps,
+        learning_rate=fit.learning_rate, dtype=str(models.pick_dtype(p.dtype)).removeprefix("torch."),
         threads=p.rank_threads, seed=p.seed, timeout_s=p.rank_timeout_s,
     )  # fmt: skip
     return job, {"one": 1, "tensor_data": p.tensor_ranks * p.data_ranks}.get(name, p.ranks)
@@ -156,12 +157,12 @@ def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
 
 def schedule(p: ClassifySentiment, encoded: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of every step, as all ways see them; raises `ModelError` for fewer rows than a step takes."""
-    rows = p.classify_batch_size * p.gradient_accumulation
-    if len(encoded) < rows:
+    (fit,) = p.fits()
+    if len(encoded) < fit.step_rows:
         raise ModelError(
-            f"{len(encoded)} rows are fewer than a step takes ({rows}): lower classify_batch_size"
+            f"{len(encoded)} rows are fewer than a step takes ({fit.step_rows}): lower {fit.batch_field}"
         )
-    return list(steps_of([len(ids) for ids in encoded], rows, p.classify_steps, p.seed))
+    return list(steps_of([len(ids) for ids in encoded], fit.step_rows, fit.steps, p.seed))
 
 
 def require(name: str, job: Job, ranks: int, config: PretrainedConfig) -> None:
