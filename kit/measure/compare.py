@@ -9,13 +9,14 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import show
 from kit.lake import Counts, Lake, Manifest
 from kit.params import CompareGenerations
 from kit.train import models
 from kit.train.encode import perplexity, prepare
+from kit.train.generate import for_readers, generate
 from kit.train.models import ModelError
 
 STEPS: dict[str, tuple[str, ...]] = {
@@ -66,37 +67,18 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
         return out.commit(counts, {"perplexity": {s["model"]: s["perplexity"] for s in scores}})
 
 
-@torch.no_grad()
 def complete_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], p: CompareGenerations
 ) -> list[str]:
-    """One completion a prompt, generated as one batch, padded on the left, from `p.seed`.
+    """One completion a prompt, generated as one batch, from `p.seed`.
 
-    The model's own generation settings are not used: they differ between models and hide what was sampled.
+    What is sampled and when it ends is the same for every model, whatever their own generation settings say.
     """
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    tokenizer.padding_side = side
-    sampling = (
-        {"do_sample": True, "temperature": p.temperature, "top_p": 0.95}
-        if p.temperature
-        else {"do_sample": False}
-    )
+    settings = for_readers(tokenizer, p.temperature)
+    encoded = tokenizer(list(prompts))["input_ids"]
     torch.manual_seed(p.seed)
-    model.eval()
-    made = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        generation_config=GenerationConfig(
-            max_new_tokens=p.max_new_tokens,
-            repetition_penalty=1.1,  # a small model repeats itself without it
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling,
-        ),
-    )
-    new = made[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    written = generate(model, tokenizer, encoded, p.max_new_tokens, **settings)
+    return [text.strip() for text in tokenizer.batch_decode(written.tokens, skip_special_tokens=True)]
 
 
 def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:

@@ -20,13 +20,14 @@ import datasets
 import pyarrow as pa
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
 from kit.train import models
 from kit.train.encode import IGNORED, Rows, padded, prepare
+from kit.train.generate import generate
 from kit.train.loop import Metered, common, quiet, run, steps_table
 from kit.train.models import ModelError
 
@@ -154,8 +155,9 @@ class DistillTrainer(Metered, SFTTrainer):
             rows = [inputs[name].tolist() for name in ("input_ids", "labels")]
             with torch.random.fork_rng(), self.accelerator.autocast():  # the order of rows must not change
                 torch.manual_seed(self.p.seed * 1_000_003 + self.state.global_step)
-                how = {"do_sample": True, "top_k": 0, "max_new_tokens": self.p.distill_tokens}
-                inputs = self.data_collator(write(self.model, self.processing_class, *rows, **how))
+                how = {"do_sample": True, "top_k": 0}
+                tokens = self.p.distill_tokens
+                inputs = self.data_collator(write(self.model, self.processing_class, *rows, tokens, **how))
         return super().training_step(model, inputs, *args)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
@@ -204,25 +206,26 @@ def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, trai
     return trainer
 
 
-@torch.no_grad()
-def write(model: Any, tokenizer: Any, ids: list, labels: list, **how: Any) -> list[dict[str, list]]:
-    """The prompts of encoded rows with what `model` writes after them, as such rows again; in one batch."""
+def write(
+    model: Any, tokenizer: Any, ids: list, labels: list, tokens: int, **how: Any
+) -> list[dict[str, list]]:
+    """The prompts of encoded rows with what `model` writes after them, as such rows again; in one batch.
+
+    `tokens` at most each, up to the end token where it comes; `how`: see `kit.train.generate`.
+    """
     firsts = (next(i for i, label in enumerate(row) if label != IGNORED) for row in labels)
     given = [row[: max(1, first)] for row, first in zip(ids, firsts, strict=True)]
-    batch = tokenizer.pad({"input_ids": given}, padding_side="left", return_tensors="pt").to(model.device)
-    end, was_training = tokenizer.eos_token_id, model.training
-    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=end, **how)
-    made = model.eval().generate(**batch, generation_config=settings).tolist()
-    model.train(was_training)
-    made = [row[batch["input_ids"].shape[1] :] for row in made]
-    pairs = zip(given, (row[: row.index(end) + 1] if end in row else row for row in made), strict=True)
+    end = tokenizer.eos_token_id
+    written = generate(model, tokenizer, given, tokens, eos_token_id=end, **how).tokens
+    answers = (row[: row.index(end) + 1] if end in row else row for row in written)
+    pairs = zip(given, answers, strict=True)
     return [{"input_ids": q + a, "labels": [IGNORED] * len(q) + a} for q, a in pairs]
 
 
 def writing_speed(model: PreTrainedModel, tokenizer: Any, rows: list[dict], tokens: int) -> float:
     """Tokens/s of greedy generation, `tokens` after the prompt of each row, in one batch; measured."""
     ids, labels, began = [r["input_ids"] for r in rows], [r["labels"] for r in rows], time.perf_counter()
-    write(model, tokenizer, ids, labels, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+    write(model, tokenizer, ids, labels, tokens, do_sample=False, min_new_tokens=tokens)
     return round(len(rows) * tokens / (time.perf_counter() - began), 1)
 
 

@@ -27,6 +27,7 @@ from kit.params import MergeAndExport
 from kit.train import models, shipped
 from kit.train.consolidate import explained, open_sharded
 from kit.train.encode import IGNORED, prepare
+from kit.train.generate import generate
 from kit.train.loop import peak_memory
 from kit.train.methods import METHODS
 from kit.train.models import ModelError
@@ -156,10 +157,8 @@ class Probe:
         return self.steps[-1]["relative"]
 
     def greedy(self, model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
-        """The likeliest answers, as one batch."""
-        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        how = {"max_new_tokens": self.tokens, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
-        return model.generate(**batch.to(model.device), **how)[:, batch["input_ids"].shape[1] :].tolist()
+        """The likeliest answers, as one batch; they end where the model's own settings say, as when it is served."""
+        return generate(model, self.tokenizer, prompts, self.tokens, do_sample=False).tokens
 
     def answers(self) -> list[dict[str, Any]]:
         """Answers beside the truth; `same_tokens`: share of the reloaded model's tokens that the merged one gives."""
