@@ -20,7 +20,7 @@ from kit.lake import Counts, Lake
 from kit.params import BuildDatasets, ClassifySentiment, ParamError
 from kit.train import classify, parallel
 from kit.train.classify import jobs, labelled, launch, require
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 GOOD, BAD = "a warm and funny film with a cast that works", "a dull and slow film with a plot that fails"
 WAYS = ["ddp", "fsdp", "pipeline", "tensor", "tensor_data"]

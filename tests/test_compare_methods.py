@@ -11,7 +11,7 @@ from kit.measure import compare_methods
 from kit.measure.compare_methods import CLAIMS, EXTRAS, claims, tuning
 from kit.params import ComparePeft, ParamError
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 
 def compare_params(lake: Lake, **values) -> ComparePeft:

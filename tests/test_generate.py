@@ -3,12 +3,12 @@
 import torch
 from test_models import TEXT, tiny_model
 
-from kit.train import models
+from kit.train import load
 from kit.train.generate import REPETITION_PENALTY, for_readers, generate
 
 
 def loaded():
-    return models.load_model(tiny_model(), dtype="float32"), models.load_tokenizer(tiny_model())
+    return load.load_model(tiny_model(), dtype="float32"), load.load_tokenizer(tiny_model())
 
 
 def test_a_batch_of_unlike_lengths_is_written_as_each_prompt_alone_and_the_mode_comes_back():

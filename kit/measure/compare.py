@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from kit import show
 from kit.lake import Counts, Lake, Manifest
 from kit.params import CompareGenerations
-from kit.train import models
+from kit.train import load
 from kit.train.encode import perplexity, prepare
 from kit.train.generate import for_readers, generate
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 STEPS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -34,26 +34,26 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
     each. Perplexity is over the completion tokens of the first `p.eval_rows` held-out rows, as in 60.
     Counts: prompts. Raises `ModelError` when no prompt holds a word, or no held-out row can be scored.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     with lake.stage(p) as out:
         data = out.read("50_build_datasets")
         folders = {s: lake.local_folder(out.read(s), "model") for s in STEPS["aligned"]}
         prompts = [prompt for prompt in p.prompts if prompt.strip()]
         if not prompts:
             raise ModelError("parameter 'prompts' holds no prompt")
-        tokenizer = models.load_tokenizer(p.base_model)
+        tokenizer = load.load_tokenizer(p.base_model)
         heldout = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens)
         heldout.require("heldout")
         said: dict[str, list[str]] = {}
         scores: list[dict[str, Any]] = []
         with show.progress(len(STEPS), "compare", "models") as bar:
             for name, stages in STEPS.items():
-                model = models.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
+                model = load.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
                 said[name] = complete_all(model, tokenizer, prompts, p)
                 value, tokens = perplexity(model, tokenizer, heldout.rows)
                 scores.append({"model": name, "perplexity": value, "tokens": tokens})
                 del model
-                models.release()
+                load.release()
                 bar.update()
                 bar.note(f"{name}: perplexity {value:.1f}")
         rows = [{"prompt": q, **{name: said[name][i] for name in STEPS}} for i, q in enumerate(prompts)]
@@ -99,8 +99,8 @@ def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:
 def _loaded(
     base: str, dtype: str, folders: tuple[str, ...]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    models.set_threads()
-    return models.load_model(base, dtype=dtype, adapters=folders), models.load_tokenizer(base)
+    load.set_threads()
+    return load.load_model(base, dtype=dtype, adapters=folders), load.load_tokenizer(base)
 
 
 # ---------------------------------------------------------------- the page

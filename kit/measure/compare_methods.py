@@ -23,11 +23,11 @@ from kit.cost import usd
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ComparePeft, FinetuneSft, ParamError, nearest
 from kit.show import progress
-from kit.train import models
+from kit.train import load
 from kit.train.encode import Rows, prepare
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
 from kit.train.sft import fit
+from kit.train.shipped import ModelError
 
 REFERENCE = ROOT / "data_samples" / "reference_runs" / "methods.json"
 
@@ -135,7 +135,7 @@ def encoded(p: FinetuneSft, lake_uri: str) -> tuple[Any, Rows, Rows]:
     """Tokenizer, training rows and `p.eval_rows` held-out rows of 50; raises `ModelError` where there are none."""
     lake = Lake(lake_uri)
     data = lake.need(p.run, "50_build_datasets")
-    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+    tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
     train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
     held = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens, p.task)
     train.require("train"), held.require("heldout")

@@ -2,8 +2,8 @@
 
     python -m kit.measure.gpu_suite --out FOLDER [--minutes 9] [--only NAME,…] [--tiny]
 
-Needs torch, transformers and peft; trl, datasets and bitsandbytes for their rows; of the kit only `kit.train.flops` and
-`kit.train.fast`. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
+Needs torch, transformers and peft; trl, datasets and bitsandbytes for their rows; of the kit only modules
+that need no more than these. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
 """
 
 from __future__ import annotations

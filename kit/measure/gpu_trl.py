@@ -8,13 +8,13 @@ from typing import Any
 import datasets
 import torch
 import trl
-from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from kit.measure.gpu_steps import GPU, LORA, make_model, memory, sync
 from kit.train import fast
+from kit.train.adapters import low_rank
 
 ROWS_A_STEP = 4
 """Packed rows; of padded ones TRL takes 8."""
@@ -99,7 +99,7 @@ def build(
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
         ),
-        peft_config=LoraConfig(**LORA),
+        peft_config=low_rank(**LORA),
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kit.train import models
+from kit.train import load
+from kit.train.describe import describe
 from kit.train.generate import for_readers, generate
 
 Turn = dict[str, str]  # {"role", "content"}
@@ -40,9 +41,9 @@ class InProcess:
 
     def __init__(self, name: str, *, dtype: str, trust_remote_code: bool, seed: int) -> None:
         self.name, self.seed = name, seed
-        self.tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
-        self.model = models.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-        self.what_ran = models.describe(self.model)
+        self.tokenizer = load.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        self.model = load.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        self.what_ran = describe(self.model)
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)))
         self.length = lambda text: len(self.tokenizer(text)["input_ids"])

@@ -38,12 +38,12 @@ from kit import ROOT
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ClassifySentiment, ParamError, nearest
 from kit.show import Progress, progress
-from kit.train import models, parallel
+from kit.train import load, parallel
 from kit.train.consolidate import consolidate
 from kit.train.flops import ModelFlops, model_flops
-from kit.train.models import ModelError
 from kit.train.parallel import Job, steps_of
 from kit.train.scaling import Links, Work, predict
+from kit.train.shipped import ModelError
 
 LABELS = {0: "negative", 1: "positive"}
 """Ratings 1 and 2, and 3 to 5 (50 makes them)."""
@@ -65,7 +65,7 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         data, folder = out.read("50_build_datasets"), Path(temp)
         rows = lake.table(data, "train").to_pylist()
         train, held = labelled(rows, "train"), labelled(lake.table(data, "heldout").to_pylist(), "heldout")
-        tokenizer = models.open_pretrained(AutoTokenizer, p.encoder)
+        tokenizer = load.open_pretrained(AutoTokenizer, p.encoder)
         counted = begin(p, tokenizer, folder / parallel.START)
         encoded = encode(tokenizer, [text for text, _ in train], p.max_tokens)
         parallel.save_rows(folder / parallel.ROWS, encoded, [label for _, label in train])
@@ -125,7 +125,7 @@ def begin(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that the head is new is known
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-    model = models.open_pretrained(
+    model = load.open_pretrained(
         AutoModelForSequenceClassification, p.encoder, dtype=torch.float32, use_safetensors=True,
         num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, **none,
     )  # fmt: skip
@@ -148,7 +148,7 @@ def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
     job = Job(
         strategy=name, rows=p.classify_batch_size * p.gradient_accumulation, accumulation=p.gradient_accumulation,
         tensor=p.tensor_ranks, steps=p.classify_steps, check_steps=p.check_steps,
-        learning_rate=p.classify_learning_rate, dtype=str(models.pick_dtype(p.dtype)).removeprefix("torch."),
+        learning_rate=p.classify_learning_rate, dtype=str(load.pick_dtype(p.dtype)).removeprefix("torch."),
         threads=p.rank_threads, seed=p.seed, timeout_s=p.rank_timeout_s,
     )  # fmt: skip
     return job, {"one": 1, "tensor_data": p.tensor_ranks * p.data_ranks}.get(name, p.ranks)
@@ -254,7 +254,7 @@ def score(
     """Consolidate the sharded checkpoint into `target`, load that, and return its accuracy on `held`."""
     consolidate(folder / parallel.CHECKPOINT, target, 1000, folder / parallel.START)
     model = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32)
-    model.to(models.device()).eval()
+    model.to(load.device()).eval()
     order, right = sorted(range(len(held)), key=lambda i: len(held[i][0])), 0
     for start in range(0, len(order), 32):
         taken = [held[i] for i in order[start : start + 32]]

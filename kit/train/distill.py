@@ -25,11 +25,12 @@ from trl import SFTConfig, SFTTrainer
 
 from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
-from kit.train import models
+from kit.train import adapters, load
+from kit.train.describe import describe, with_layers
 from kit.train.encode import IGNORED, Rows, padded, prepare
 from kit.train.generate import generate
 from kit.train.loop import Metered, common, quiet, run, steps_table
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: a test holds its formula
     from trl.experimental.gkd import GKDTrainer
@@ -47,7 +48,7 @@ def distill(p: Distill, lake: Lake) -> Manifest:
     Metrics: the same with speeds (`models`), runs, `best`. Counts: train rows in; out those trained on. Raises
     `ModelError` for another vocabulary, too many layers, scaled logits, nothing to learn from. One process only.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-distill-") as temp:
         data = out.read("50_build_datasets")
         teacher, start, tokenizer = load_pair(p, lake, out)
@@ -63,10 +64,10 @@ def distill(p: Distill, lake: Lake) -> Manifest:
                 runs[name] = run(trainer, f"distill {name}")
                 steps += [{"student": name, **row} for row in steps_table(trainer).to_pylist()]
             # what is judged is what is kept: weights as they lie on the disk
-            rows.append({"model": name, **judged(models.cast(model, teacher.dtype), teacher, judge)})
+            rows.append({"model": name, **judged(load.cast(model, teacher.dtype), teacher, judge)})
             if name in WAYS and rows[-1]["loss"] == min(r["loss"] for r in rows[2:]):
                 best = name
-                models.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
+                adapters.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
         tokenizer.save_pretrained(Path(temp, "model"))
         out.folder("model", Path(temp, "model"))
         out.table("students", pa.Table.from_pylist(rows))
@@ -82,14 +83,14 @@ def distill(p: Distill, lake: Lake) -> Manifest:
 def load_pair(p: Distill, lake: Lake, out: StageWriter) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
     """Teacher, untrained student (float32), and their tokenizer; raises `ModelError` where they share none."""
     name = p.base_model if p.teacher in ("tuned", "base") else p.teacher
-    adapters = [lake.local_folder(out.read("60_finetune_sft"), "model")] if p.teacher == "tuned" else []
+    folders = [lake.local_folder(out.read("60_finetune_sft"), "model")] if p.teacher == "tuned" else []
     trust = {"trust_remote_code": p.trust_remote_code}
-    teacher = models.load_model(name, dtype=p.dtype, adapters=adapters, **trust).requires_grad_(False)
+    teacher = load.load_model(name, dtype=p.dtype, adapters=folders, **trust).requires_grad_(False)
     if hasattr(teacher, "peft_config"):
         raise ModelError("60 learned a prompt, which cannot be merged and so not be taught: teacher=base")
-    given = p.student and models.load_model(p.student, dtype="float32", **trust)
+    given = p.student and load.load_model(p.student, dtype="float32", **trust)
     student = given or thin(teacher, p.student_layers)
-    tokenizers = [models.load_tokenizer(n, **trust) for n in (name, p.student or name)]
+    tokenizers = [load.load_tokenizer(n, **trust) for n in (name, p.student or name)]
     heads = [m.get_output_embeddings() for m in (teacher, student)]
     words = [(t.get_vocab(), len(h.weight)) for t, h in zip(tokenizers, heads, strict=True)]
     if words[0] != words[1]:
@@ -108,14 +109,12 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     DistilBERT's start (Sanh et al. 2019, section 3). Embeddings and head stay the teacher's and are not trained: they
     fit already, and are the costliest matrix. Raises `ModelError` for more layers than there are.
     """
-    config, had = copy.deepcopy(model.config), model.config.num_hidden_layers
+    had = model.config.num_hidden_layers
     if layers > had:
         raise ModelError(f"student_layers={layers}: the teacher has only {had}")
     kept = [round(i * (had - 1) / max(1, layers - 1)) for i in range(layers)]
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == had:  # what a config says of each layer
-            setattr(config, key, [value[i] for i in kept])
-    config.num_hidden_layers, config.dtype, weights = layers, torch.float32, {}
+    config, weights = with_layers(model.config, kept), {}
+    config.dtype = torch.float32
     for key, value in model.state_dict().items():
         at = re.search(r"(?<=\.)\d+(?=\.)", key)  # the first number in a name is the layer's
         if at is None or int(at[0]) in kept:
@@ -249,5 +248,5 @@ def judged(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) -> dict[
             total += torch.stack([*losses(a, b, said), same, torch.tensor(len(said))]).double().cpu()
     loss, apart, same = (total[:3] / total[3]).tolist()
     size = sum(w.numel() * w.element_size() for w in model.parameters()) / 1e6
-    about = {"parameters": models.describe(model)["parameters"], "mb": round(size, 1)}
+    about = {"parameters": describe(model)["parameters"], "mb": round(size, 1)}
     return {**about, "perplexity": math.exp(min(loss, 700.0)), "loss": loss, "kl": apart, "agreement": same}

@@ -24,13 +24,13 @@ from transformers.utils.import_utils import is_serve_available
 from kit import show
 from kit.lake import Lake, Manifest, code_identity, environment, losses
 from kit.params import MergeAndExport
-from kit.train import models, shipped
+from kit.train import adapters, load, shipped
 from kit.train.consolidate import explained, open_sharded
 from kit.train.encode import IGNORED, prepare
 from kit.train.generate import generate
 from kit.train.loop import peak_memory
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 CHAIN = {"60_finetune_sft": ("60_finetune_sft",), "70_align_dpo": ("60_finetune_sft", "70_align_dpo")}
 LIMIT = {"none": 1e-3, "nf4": 1e-2, "nf4_double": 1e-2, "int8": 0.1}
@@ -44,8 +44,8 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
     held-out rows. Raises `ModelError` for what cannot merge, a merge or file that changes the model, a server that
     does not answer, and a full disk.
     """
-    models.set_threads(p.threads)
-    load = functools.partial(models.load_model, p.base_model, trust_remote_code=p.trust_remote_code)
+    load.set_threads(p.threads)
+    open_base = functools.partial(load.load_model, p.base_model, trust_remote_code=p.trust_remote_code)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-export-") as temp:
         folder, tuned = Path(temp, "model"), [out.read(stage) for stage in CHAIN[p.export_from]]
         for stage, method in ((m.stage, m.params.get("method", "lora")) for m in tuned):
@@ -53,32 +53,37 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
                 raise ModelError(
                     f"{stage} learned with method={method} what no weight can hold: use method=lora"
                 )
-        adapters = [lake.local_folder(m, "model") for m in tuned]
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        adapter_folders = [lake.local_folder(m, "model") for m in tuned]
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         heldout = lake.table(out.read("50_build_datasets"), "heldout").to_pylist()
         rows = prepare(heldout, tokenizer, p.max_tokens, tuned[0].params.get("task", "completion"))
         rows.require("heldout")
         with peak_memory() as peak, show.progress(6, "export", "steps") as bar:
             probe = Probe(rows.rows[: p.export_rows], tokenizer, p.export_tokens, bar)
-            kind = models.tuned_on(adapters[-1])["quantization"]
+            kind = adapters.tuned_on(adapter_folders[-1])["quantization"]
             probe.look(
                 "attached",
-                attached(load, adapters, kind, tuned[-1].metrics["what_ran"].get("computes_in", "float32")),
+                attached(
+                    open_base,
+                    adapter_folders,
+                    kind,
+                    tuned[-1].metrics["what_ran"].get("computes_in", "float32"),
+                ),
             )
-            probe.look("base", load(dtype="float32"), answer=True)
-            model = load(dtype="float32", adapters=adapters)
+            probe.look("base", open_base(dtype="float32"), answer=True)
+            model = open_base(dtype="float32", adapters=adapter_folders)
             drift = probe.look("merged", model, answer=True)
             if not drift < LIMIT[kind]:
                 raise ModelError(
                     f"the merge changes the logits by {drift:.2g} (limit {LIMIT[kind]}, base in {kind})"
                 )
-            probe.look("cast", models.cast(model, getattr(torch, p.export_dtype)))
+            probe.look("cast", load.cast(model, getattr(torch, p.export_dtype)))
             with explained("the merged model cannot be saved"):
                 model.save_pretrained(folder, max_shard_size=f"{p.export_shard_mb}MB")
                 tokenizer.save_pretrained(folder)
             verify(folder, model)
             model = None  # room for the next one
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=p.export_dtype).to(models.device())
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=p.export_dtype).to(load.device())
             probe.look("reloaded", model, answer=True)
             question = tokenizer.decode(probe.prompts[0])
             expected = probe.greedy(model, [tokenizer(question)["input_ids"]])[0]
@@ -97,19 +102,20 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         return out.commit(rows.counts(p.export_rows, 1, "export_rows"), metrics)
 
 
-def attached(load: Any, adapters: list[str], kind: str, trained_in: str) -> torch.nn.Module:
+def attached(open_base: Any, folders: list[str], kind: str, trained_in: str) -> torch.nn.Module:
     """What was trained: the last adapter beside its base, quantised from weights in `trained_in` if it was then.
 
     In float32 arithmetic, or rounding would hide what a merge changes. After method full: the weights themselves.
     """
-    if not Path(adapters[-1], "adapter_config.json").exists():
-        return load(dtype="float32", adapters=adapters)
-    model = load(dtype="float32" if kind == "none" else trained_in, adapters=adapters[:-1], quantization=kind)
+    if not Path(folders[-1], "adapter_config.json").exists():
+        return open_base(dtype="float32", adapters=folders)
+    dtype = "float32" if kind == "none" else trained_in
+    model = open_base(dtype=dtype, adapters=folders[:-1], quantization=kind)
     for module in (m for m in model.modules() if hasattr(m, "compute_dtype")):
         module.compute_dtype = torch.float32
     for weight in (w for w in model.parameters() if w.is_floating_point()):
         weight.data = weight.data.float()
-    return PeftModel.from_pretrained(model, adapters[-1])
+    return PeftModel.from_pretrained(model, folders[-1])
 
 
 def verify(folder: Path, model: torch.nn.Module) -> None:
@@ -194,7 +200,7 @@ def serve(folder: Path, question: str, tokens: int, wait_s: float = 300) -> dict
         "--port",
         str(port),
     ]
-    command += ["--host", "127.0.0.1", "--device", str(models.device())]
+    command += ["--host", "127.0.0.1", "--device", str(load.device())]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     body = json.dumps({"model": folder.name, "prompt": question, "max_tokens": tokens, "temperature": 0})
     began, reply = time.perf_counter(), {}

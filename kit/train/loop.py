@@ -30,10 +30,11 @@ from transformers import TrainerCallback
 from kit import ROOT, show
 from kit.lake import Lake, StageWriter, code_identity
 from kit.params import Training
-from kit.train import fast, models
+from kit.train import adapters, fast, load
+from kit.train.describe import computes_in, describe
 from kit.train.encode import packed_lengths
 from kit.train.flops import ModelFlops, measured_peak, model_flops, peak_of
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 LOG = "log.jsonl"
 WHOLE = "whole"
@@ -47,7 +48,7 @@ def recipe(p: Training) -> dict[str, Any]:
     try:
         return fast.settings(
             full=getattr(p, "method", "full") == "full",
-            bf16=models.pick_dtype(p.dtype) == torch.bfloat16,
+            bf16=load.pick_dtype(p.dtype) == torch.bfloat16,
             steps=next(steps, 0),
             **{"packing": False} | {k: v for k, v in p.model_dump().items() if k in given},
         )
@@ -177,7 +178,7 @@ class Metered:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint's weights as the kit saves them: safetensors, no pickled settings, no call to the hub."""
-        models.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
+        adapters.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
 
 
 MASKS = {"attention_mask", "chosen_attention_mask", "rejected_attention_mask"}
@@ -345,7 +346,7 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
         "peak_flops_per_s": peak_rate,
         "datasheet_flops_per_s": datasheet_peak(ran_in(trainer)),
         "resumed_at": done,
-        "trainable": models.describe(trainer.model)["trainable"],
+        "trainable": describe(trainer.model)["trainable"],
         "what_ran": what_ran(trainer),
     }
 
@@ -365,7 +366,7 @@ def machine_peak(dtype: str) -> float:
 
 def ran_in(trainer: Any) -> str:
     """The type that the matmuls compute in: autocast's where it is on."""
-    return "bfloat16" if trainer.args.bf16 else models.computes_in(trainer.model)
+    return "bfloat16" if trainer.args.bf16 else computes_in(trainer.model)
 
 
 def datasheet_peak(dtype: str) -> float | None:
@@ -376,7 +377,7 @@ def datasheet_peak(dtype: str) -> float | None:
 def what_ran(trainer: Any) -> dict[str, Any]:
     """What a person would otherwise have to believe."""
     return {
-        **models.describe(trainer.model),
+        **describe(trainer.model),
         "computes_in": ran_in(trainer),
         "optimizer": optimizer_name(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
         "trainer": next(c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")),

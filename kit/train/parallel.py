@@ -39,7 +39,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from kit.train.flops import measured_peak
-from kit.train.models import set_threads
+from kit.train.load import set_threads
 from kit.train.scaling import measured_links
 
 JOB, ROWS, REPORT, START, CHECKPOINT = "job.json", "rows.safetensors", "report.json", "start", "checkpoint"

@@ -21,11 +21,11 @@ import torch
 
 from kit.params import CompareGenerations, Training, Tuning
 from kit.params.train import PASS_TOKENS
-from kit.train import fast, loop, models
+from kit.train import fast, load, loop
 from kit.train.dry import look
 from kit.train.flops import peak_of
 from kit.train.methods import base_quantization
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 MB = 2**20
 STORED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
@@ -91,7 +91,7 @@ class Plan:
 
 def this_machine(p: Training) -> Machine:
     """The GPU where there is one, else the CPU; memory that is free now, or already this process's own."""
-    peak = loop.machine_peak(str(models.pick_dtype(p.dtype)).removeprefix("torch."))
+    peak = loop.machine_peak(str(load.pick_dtype(p.dtype)).removeprefix("torch."))
     if torch.cuda.is_available():
         free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -171,7 +171,7 @@ def plan(
 
 
 def _dtype(p: Training, machine: Machine) -> torch.dtype:
-    return models.pick_dtype("bfloat16" if machine.gpu and p.dtype == "auto" else p.dtype)
+    return load.pick_dtype("bfloat16" if machine.gpu and p.dtype == "auto" else p.dtype)
 
 
 def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:

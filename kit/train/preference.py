@@ -21,12 +21,12 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import Rows
 from kit.train.loop import Metered, common, quiet, run, steps_table
 from kit.train.methods import METHODS, adapter_config, base_quantization
-from kit.train.models import ModelError
 from kit.train.plan import require_fit
+from kit.train.shipped import ModelError
 
 TOLERANCE = 1e-3
 """Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
@@ -125,12 +125,12 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
     `ModelError` for pairs that cannot be used, a first loss that is not the one policy = reference gives, and a loss
     that is not finite.
     """
-    threads = models.set_threads(p.threads)
+    threads = load.set_threads(p.threads)
     if not METHODS[p.method].merges:
         raise ModelError(f"70 cannot train a learned prompt (method={p.method}): full, lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-dpo-") as temp:
         data, tuned = out.read(p.preferences_from), out.read("60_finetune_sft")
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         found = lake.table(data, "preferences").to_pylist()
         pairs = usable(found, tokenizer, p.max_tokens)
         pairs.require("preference", p.preferences_from)
@@ -143,13 +143,13 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         require_fit(p, rows_tokens=[len(ids) for ids in texts], quantization=base_quantization(p))
         folder = lake.local_folder(tuned, "model")
         trainer, ran = _train(p, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
-        made = models.save_adapter(trainer.model, Path(temp, "model"), p.base_model, base_quantization(p))
+        made = adapters.save_adapter(trainer.model, Path(temp, "model"), p.base_model, base_quantization(p))
         out.folder("model", made)
         out.table("steps", steps_table(trainer), measured=True)
         del trainer  # room for the sweep
         sweep = [_moved(p.dpo_beta, ran)]
         for beta in p.sweep_betas:
-            models.release()
+            load.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
             sweep.append(
                 _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1])
@@ -195,7 +195,7 @@ def _train(
 ) -> tuple[Any, dict[str, Any]]:
     """One training from the tuned model: the trainer, and its metrics with those of the held-out pairs."""
     dtype = p.dtype if p.method != "full" else "float32"
-    model = models.load_model(
+    model = load.load_model(
         p.base_model,
         dtype=dtype,
         adapters=[tuned],
@@ -290,7 +290,7 @@ def build(
             **reference,
         )
     if config is not None:
-        models.widen_trained(trainer.model)
+        adapters.widen_trained(trainer.model)
     trainer.first_loss = objective.first_loss(p.dpo_beta) if objective.first_loss else None
     return trainer
 

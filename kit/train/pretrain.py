@@ -24,11 +24,11 @@ from trl import SFTConfig
 
 from kit.lake import Counts, Lake, Manifest, StageWriter
 from kit.params import ContinuePretraining
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import IGNORED, perplexity
 from kit.train.loop import common, quiet, run, steps_table
-from kit.train.models import ModelError
 from kit.train.sft import SftTrainer, require_context
+from kit.train.shipped import ModelError
 
 Texts = dict[str, str]
 DOMAIN, GENERAL, HELD = "domain", "general", "held out: "
@@ -44,13 +44,13 @@ def pretrain(p: ContinuePretraining, lake: Lake) -> Manifest:
     threads and machine give the same bytes. All text is held in memory. Raises `ModelError` for too little text,
     replay without general text, a loss that is not finite, and a full disk.
     """
-    threads, metrics, trained = models.set_threads(p.threads), {}, set()
+    threads, metrics, trained = load.set_threads(p.threads), {}, set()
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-pretrain-") as temp:
         texts, lost, total = gather(p, lake, out)
         for name in ("scratch", "model"):
             trainer, metrics[name], reached = fit(p, name, texts, Path(temp, name))
             folder, base = Path(temp, name, "made"), p.base_model if name == "model" else ""
-            models.save_adapter(trainer.model, folder, base)
+            adapters.save_adapter(trainer.model, folder, base)
             trainer.processing_class.save_pretrained(folder)
             out.folder(name, folder)
             out.table(f"steps-{name}", steps_table(trainer), measured=True)
@@ -163,7 +163,7 @@ def new_model(p: ContinuePretraining, texts: Iterable[str]) -> tuple[Any, Any]:
         tie_word_embeddings=True,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
-    return transformers.LlamaForCausalLM(config).to(models.device()), tokenizer
+    return transformers.LlamaForCausalLM(config).to(load.device()), tokenizer
 
 
 def score(model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
@@ -199,8 +199,8 @@ def fit(p: ContinuePretraining, name: str, texts: dict[str, Texts], folder: Path
         main = {key: both[key] for (key,) in shuffled(zip(both), 0, p.seed)}
         model, tokenizer = new_model(p, main.values())
     else:  # in float32: small updates vanish in bfloat16 weights
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-        model = models.load_model(p.base_model, dtype="float32", trust_remote_code=p.trust_remote_code)
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        model = load.load_model(p.base_model, dtype="float32", trust_remote_code=p.trust_remote_code)
         require_context(model, p.max_tokens)
     steps, batch, rate = (getattr(p, f"{kind}_{x}") for x in ("steps", "batch_size", "learning_rate"))
     rows, begins = wrap(main, tokenizer, p.max_tokens)

@@ -24,12 +24,13 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from kit import show
 from kit.lake import Lake, Manifest
 from kit.params import RewardAndPolicy, Training
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, run, steps_table
 from kit.train.methods import METHODS, adapter_config, base_quantization
 from kit.train.plan import require_fit
 from kit.train.preference import usable
+from kit.train.shipped import ModelError
 from kit.train.trust import calibration, hacking, repetition, wilson
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
@@ -66,7 +67,7 @@ OBJECTIVES = {"grpo": (GroupTrainer, GRPOConfig), "rloo": (LeaveOneOutTrainer, R
 def untrained(p: Training, pad: int, kind: str) -> PreTrainedModel:
     """`p.base_model` with a head of zeros for its vocabulary: all rewards 0, first loss ln 2, no chance."""
     options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
-    base = models.load_model(p.base_model, quantization=kind, **options)
+    base = load.load_model(p.base_model, quantization=kind, **options)
     base.config.num_labels, base.config.pad_token_id = 1, pad  # the last token that is no padding is read
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(base.config)
@@ -103,8 +104,8 @@ class Judge:
 
 def load_reward(p: Training, folder: str | Path) -> Judge:
     """The reward model of `folder` (adapter and head) on `p.base_model`."""
-    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-    base = untrained(p, tokenizer.pad_token_id, models.tuned_on(folder)["quantization"])
+    tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+    base = untrained(p, tokenizer.pad_token_id, adapters.tuned_on(folder)["quantization"])
     return Judge(PeftModel.from_pretrained(base, str(folder)), tokenizer)
 
 
@@ -120,7 +121,7 @@ def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most
             row[f"{side}_ids"] = (tokenizer(row["prompt"] or "")["input_ids"] + text)[:tokens]
     if len(pairs.rows) < FEWEST:
         few = f"{len(pairs.rows)} usable {split} pairs (dropped: {pairs.dropped or 'none'})"
-        raise models.ModelError(f"50_build_datasets has {few}, a reward model needs {FEWEST}")
+        raise ModelError(f"50_build_datasets has {few}, a reward model needs {FEWEST}")
     return pairs
 
 
@@ -135,7 +136,7 @@ def train_reward(p: RewardAndPolicy, tokenizer: Any, pairs: Rows, folder: Path) 
     given = {"processing_class": tokenizer, "peft_config": config}
     with quiet():
         made = RewardModelTrainer(model, args, train_dataset=Dataset.from_list(pairs.rows), **given)
-    models.widen_trained(made.model)
+    adapters.widen_trained(made.model)
     return made, run(made, "reward model")
 
 
@@ -167,7 +168,7 @@ def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, p: RewardAndPolicy,
     kept = [{"prompt": q} for q in asked if len(tokenizer(q)["input_ids"]) <= room]
     if len(kept) < least:  # TRL would leave an incomplete batch out, and train on nothing
         of = f"{len(kept)} of {len(asked)} distinct prompts have at most {room} tokens, a step needs {least}"
-        raise models.ModelError(f"{of}: lower policy_prompts or policy_tokens, or raise reward_tokens")
+        raise ModelError(f"{of}: lower policy_prompts or policy_tokens, or raise reward_tokens")
     return Dataset.from_list(kept)
 
 
@@ -184,7 +185,7 @@ def build_policy(p: RewardAndPolicy, model: Any, judge: Judge, asked: Sequence[D
     given = {"processing_class": judge.tokenizer, "peft_config": adapter_config(p)}
     with quiet():
         made = trainer(model, judge, args, train_dataset=asked[0], eval_dataset=asked[1], **given)
-    models.widen_trained(made.model)
+    adapters.widen_trained(made.model)
     return made
 
 
@@ -209,16 +210,16 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     tables `*_steps`. Counts: train pairs in; out those trained on. Raises `ModelError` for what it cannot
     do, and a first KL that is not 0.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     if not isinstance(adapter_config(p), LoraConfig):
-        raise models.ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
+        raise ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
     kind = base_quantization(p)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
         data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
         if not METHODS[below := tuned.params["method"]].merges:
-            raise models.ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
+            raise ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
         found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         pairs = prepare_pairs(found, tokenizer, p.reward_tokens, "train")
         unseen = prepare_pairs(found, tokenizer, p.reward_tokens, "heldout", p.reward_eval_pairs)
         least = (p.policy_prompts * p.gradient_accumulation, 1)
@@ -229,16 +230,16 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
         judge = Judge(fitted.model, tokenizer)
         learned |= judged(judge, unseen)
         options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code, "quantization": kind}
-        model = models.load_model(p.base_model, adapters=[lake.local_folder(tuned, "model")], **options)
+        model = load.load_model(p.base_model, adapters=[lake.local_folder(tuned, "model")], **options)
         trainer = build_policy(p, model, judge, asked, Path(temp, "p"))
         before, first = measure(trainer, judge, held, p.seed, "before")
         ran = run(trainer, f"policy {p.policy_objective}")
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
-            raise models.ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
+            raise ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
         after, last = measure(trainer, judge, held, p.seed, "after")
         for made, name in ((fitted, "reward"), (trainer, "model")):
-            out.folder(name, models.save_adapter(made.model, Path(temp, name), p.base_model, kind))
+            out.folder(name, adapters.save_adapter(made.model, Path(temp, name), p.base_model, kind))
             out.table(f"{name}_steps", steps_table(made), measured=True)
         out.table("answers", pa.Table.from_pylist(first + last))
         reference = "the tuned model, new adapter off" if p.policy_kl_beta else "none, policy_kl_beta is 0"

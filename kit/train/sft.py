@@ -19,12 +19,12 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from kit.lake import Lake, Manifest
 from kit.params import FinetuneSft
 from kit.params.train import PASS_TOKENS
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import Rows, collate_packed, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, recipe, run, steps_table, work_folder
 from kit.train.methods import adapter_config, base_quantization, begin, learning_rate
-from kit.train.models import ModelError
 from kit.train.plan import Machine, plan, require_fit, this_machine
+from kit.train.shipped import ModelError
 
 SHARE_OF_MEMORY = 0.8
 """Of the free memory, what a batch found by the plan may need: the plan is off by a tenth or so."""
@@ -58,7 +58,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
     """
     with lake.stage(p) as out:
         data = out.read("50_build_datasets")
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
         heldout = lake.table(data, "heldout").to_pylist()[: p.eval_rows]
         held = prepare(heldout, tokenizer, p.max_tokens, p.task)
@@ -66,7 +66,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
         with work_folder(lake, out, bool(p.checkpoint_steps)) as folder:
             fitted = fit(p, tokenizer, train, held, folder)
             trainer = fitted.metrics.pop("trainer")
-            made = models.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
+            made = adapters.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
             out.folder("model", made)
             out.table("steps", steps_table(trainer), measured=True)
             counts = train.counts(p.sft_steps, math.floor(fitted.rows_a_step), "sft_steps")
@@ -85,7 +85,7 @@ def fit(
 
     `changes` take the place of what `kit.train.fast` would set, by its names.
     """
-    threads = models.set_threads(p.threads)
+    threads = load.set_threads(p.threads)
     config, quantization = adapter_config(p), base_quantization(p)
     why_not = "a learned prompt would stand before one row only" if prompts(config) and p.packing else ""
     if why_not:
@@ -96,7 +96,7 @@ def fit(
     p = with_batch(p, lengths, quantization, folder)
     needed = require_fit(p, rows_tokens=lengths, quantization=quantization)
     print(needed.line())
-    model = models.load_model(
+    model = load.load_model(
         p.base_model,
         dtype=made["weights"],
         quantization=quantization,
@@ -211,7 +211,7 @@ def build(
             data_collator=collator(p.packing, made["attention"], tokenizer.pad_token_id),
         )
     if config is not None:
-        models.widen_trained(trainer.model)
+        adapters.widen_trained(trainer.model)
         begin(trainer.model, rows[0]["input_ids"])
     return trainer
 
