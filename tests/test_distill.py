@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from kit import params
 from kit.train import distill as stage
 from kit.train import load
+from kit.train.batches import IGNORED, padded
 from kit.train.distill import WAYS, build, distill, losses, thin
-from kit.train.encode import IGNORED, padded, perplexity, prepare
+from kit.train.encode import perplexity, prepare
 from kit.train.sft import finetune
 from kit.train.shipped import ModelError
 

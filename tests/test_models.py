@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kit.train import adapters, encode, load, shipped
-from kit.train.encode import IGNORED
+from kit.train.batches import IGNORED
 from kit.train.shipped import ModelError
 
 TEXT = [

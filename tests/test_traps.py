@@ -14,8 +14,8 @@ from test_sft import make_lake, review, sft_params
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
-from kit.train import adapters, encode, load, loop
-from kit.train.encode import IGNORED
+from kit.train import adapters, batches, encode, load, loop
+from kit.train.batches import IGNORED
 from kit.train.flops import model_flops, naive_6n
 from kit.train.sft import finetune
 from kit.train.shipped import ModelError
@@ -86,7 +86,7 @@ def test_trap_3_packed_documents_do_not_see_each_other(kernel):
     model = load.load_model(tiny_model(), dtype="float32").eval()
     model.set_attn_implementation(kernel)
     rows, packed = packed_batch(tokenizer)
-    batch = encode.collate_packed(packed, tokenizer.pad_token_id)
+    batch = batches.collate_packed(packed, tokenizer.pad_token_id)
     with torch.no_grad():
         together = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -122,9 +122,9 @@ def test_trap_3_the_trainer_turns_the_cache_off(tmp_path, monkeypatch):
 def test_trap_3_a_packed_documents_first_token_is_not_predicted_from_the_one_before():
     tokenizer = load.load_tokenizer(tiny_model())
     rows, packed = packed_batch(tokenizer)
-    batch = encode.collate_packed(packed, tokenizer.pad_token_id)
+    batch = batches.collate_packed(packed, tokenizer.pad_token_id)
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
-    assert sorted(encode.packed_lengths(batch["position_ids"]).tolist()) == sorted(
+    assert sorted(batches.packed_lengths(batch["position_ids"]).tolist()) == sorted(
         len(r["input_ids"]) for r in rows
     )
     scored = int((batch["labels"] != IGNORED).sum())

@@ -25,6 +25,7 @@ except ImportError:  # torch < 2.10: its row fails and says so
 
 from kit.train import fast
 from kit.train.adapters import low_rank
+from kit.train.batches import IGNORED, summed_loss
 from kit.train.flops import ModelFlops, model_flops
 from kit.train.quantise import quantise_in_place
 
@@ -100,8 +101,8 @@ AttentionInterface.register("varlen", varlen)
 
 
 def loss_sum(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Σ −log p(label) of some tokens; -100 has none."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+    """Σ −log p(label) in nats of `hidden` [tokens, width], by the head's `weight` [vocabulary, width]."""
+    return summed_loss(F.linear(hidden, weight), labels)
 
 
 def backward(
@@ -115,7 +116,7 @@ def backward(
     for at in range(0, len(labels), chunk or len(labels)):
         end = at + (chunk or len(labels))
         with cast:
-            loss = piece(leaf[at:end], weight, labels[at:end]) / (labels != -100).sum()
+            loss = piece(leaf[at:end], weight, labels[at:end]) / (labels != IGNORED).sum()
         loss.backward()
         total += loss.detach()
     hidden.backward(leaf.grad)
@@ -167,8 +168,8 @@ def run_steps(
     cast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=full_or_wide)
     size, head, times = case.length // case.docs, base.get_output_embeddings().weight, []
     ids = torch.randint(1, base.config.vocab_size, (case.rows, case.length), device=DEVICE)
-    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-    labels[:, size - 1 :: size] = -100  # a document does not predict the next one
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    labels[:, size - 1 :: size] = IGNORED  # a document does not predict the next one
     batch: dict[str, Any] = {"position_ids": torch.arange(size, device=DEVICE).repeat(case.rows, case.docs)}
     if case.attention == "varlen":
         ends = torch.arange(0, ids.numel() + 1, size, device=DEVICE, dtype=torch.int32)

@@ -19,15 +19,15 @@ from typing import Any
 import datasets
 import pyarrow as pa
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
 from kit.train import adapters, load
+from kit.train.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.describe import describe, with_layers
-from kit.train.encode import IGNORED, Rows, padded, prepare
+from kit.train.encode import Rows, prepare
 from kit.train.generate import generate
 from kit.train.loop import Metered, common, quiet, run, steps_table
 from kit.train.shipped import ModelError
@@ -129,8 +129,7 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 def scored(model: PreTrainedModel, ids: Any, mask: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, width] before every token that counts, and these tokens [n]; prompts do not count."""
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    keep = labels[:, 1:] != IGNORED
-    return hidden[:, :-1][keep], labels[:, 1:][keep]
+    return predicted(hidden, labels)
 
 
 def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 0) -> torch.Tensor:
@@ -142,7 +141,7 @@ def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 
     student, apart = student.float(), torch.zeros((), device=student.device)
     if teacher is not None:
         apart = t**2 * GKDTrainer.generalized_jsd_loss(student, teacher.float(), None, beta, t, "sum")
-    return torch.stack([F.cross_entropy(student, labels, reduction="sum"), apart])
+    return torch.stack([summed_loss(student, labels), apart])
 
 
 class DistillTrainer(Metered, SFTTrainer):

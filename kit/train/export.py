@@ -25,8 +25,9 @@ from kit import show
 from kit.lake import Lake, Manifest, code_identity, environment, losses
 from kit.params import MergeAndExport
 from kit.train import adapters, load, shipped
+from kit.train.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.consolidate import explained, open_sharded
-from kit.train.encode import IGNORED, prepare
+from kit.train.encode import prepare
 from kit.train.generate import generate
 from kit.train.loop import peak_memory
 from kit.train.methods import METHODS
@@ -142,19 +143,19 @@ class Probe:
     @torch.no_grad()
     def look(self, step: str, model: torch.nn.Module, answer: bool = False) -> float:
         """Relative L2 change of the scored logits against the first model's; with `answer`, answers are kept."""
-        scored = torch.tensor([x for r in self.rows for x in r["labels"][1:] if x != IGNORED])
-        logits = []
-        for row in self.rows:
-            ids, keep = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != IGNORED
-            made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
-            logits.append(made.cpu()[keep].float())
-        found = torch.cat(logits)
-        self.first = self.first if self.steps else found
+        scored = []
+        for row in self.rows:  # one at a time, without padding: nothing but the weights can make a difference
+            ids, _, labels = padded([row], self.tokenizer.pad_token_id)
+            made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
+            scored.append(predicted(made.cpu(), labels))
+        logits = torch.cat([before.float() for before, _ in scored])
+        tokens = torch.cat([said for _, said in scored])
+        self.first = self.first if self.steps else logits
         told = {
-            "relative": (found - self.first).norm() / self.first.norm(),
-            "largest": (found - self.first).abs().max(),
-            "same_top_token": (found.argmax(-1) == self.first.argmax(-1)).float().mean(),
-            "perplexity": torch.nn.functional.cross_entropy(found, scored).exp(),
+            "relative": (logits - self.first).norm() / self.first.norm(),
+            "largest": (logits - self.first).abs().max(),
+            "same_top_token": (logits.argmax(-1) == self.first.argmax(-1)).float().mean(),
+            "perplexity": (summed_loss(logits, tokens) / len(tokens)).exp(),
         }
         self.steps.append({"step": step, **{name: value.item() for name, value in told.items()}})
         if answer:

@@ -31,8 +31,8 @@ from kit import ROOT, show
 from kit.lake import Lake, StageWriter, code_identity
 from kit.params import Training
 from kit.train import adapters, fast, load
+from kit.train.batches import packed_lengths
 from kit.train.describe import computes_in, describe
-from kit.train.encode import packed_lengths
 from kit.train.flops import ModelFlops, measured_peak, model_flops, peak_of
 from kit.train.shipped import ModelError
 

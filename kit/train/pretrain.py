@@ -25,7 +25,8 @@ from trl import SFTConfig
 from kit.lake import Counts, Lake, Manifest, StageWriter
 from kit.params import ContinuePretraining
 from kit.train import adapters, load
-from kit.train.encode import IGNORED, perplexity
+from kit.train.batches import IGNORED
+from kit.train.encode import perplexity
 from kit.train.loop import common, quiet, run, steps_table
 from kit.train.sft import SftTrainer, require_context
 from kit.train.shipped import ModelError

@@ -20,7 +20,8 @@ from kit.lake import Lake, Manifest
 from kit.params import FinetuneSft
 from kit.params.train import PASS_TOKENS
 from kit.train import adapters, load
-from kit.train.encode import Rows, collate_packed, perplexity, prepare
+from kit.train.batches import collate_packed
+from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import Metered, common, quiet, recipe, run, steps_table, work_folder
 from kit.train.methods import adapter_config, base_quantization, begin, learning_rate
 from kit.train.plan import Machine, plan, require_fit, this_machine
