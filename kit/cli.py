@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import ROOT, KitError, cost, pipeline, resolve
+from kit import ROOT, KitError, cost, pipeline, reference, resolve
 from kit.lake import Lake
 from kit.params import (
     NOTEBOOKS,
@@ -223,7 +223,7 @@ def _estimate(args: argparse.Namespace) -> int:
         sum(r.usd for r in rows), "",
     )  # fmt: skip
     table = [vars(r) | {"usd": f"{r.usd:.4f}"} for r in [*rows, total]]
-    made = cost.reference()
+    made = reference.read("rates")
     print(Table(table))
     print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
     for warning in warnings:

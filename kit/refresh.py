@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit import cost
-from kit.lake import Lake, Manifest
+from kit import cost, reference
+from kit.lake import Lake
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER, execution
@@ -58,7 +58,7 @@ def _committed(output: Any) -> Any:
 
 
 def reference_run(small: str = "tiny", large: str = "demo") -> None:
-    """Write `cost.REFERENCE` from the executions of two runs in the default lake, with machine, date and commit."""
+    """Record `rates` from the executions of two runs in the default lake."""
     found = []
     lake = Lake("lake")
     for run in (small, large):
@@ -67,48 +67,32 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
             (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
         ]
         found.append(stages)
-    made = _made_by(lake.need(large, "90_compare_generations")) | {"stages": cost.two_point_rates(*found)}
-    cost.REFERENCE.parent.mkdir(exist_ok=True)
-    cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    last = lake.need(large, "90_compare_generations")
+    reference.write("rates", last, machine(), {"stages": cost.two_point_rates(*found)})
 
 
-def reference_methods(run: str = "sample", name: str = compare_methods.REFERENCE.stem) -> None:
-    """Write the reference run `name` (60 shows `methods`, 61 `gpu_methods`) from 61's result of `run` in the default lake."""
+def reference_methods(run: str = "sample", name: str = "methods") -> None:
+    """Record `name` (60 shows `methods`, 61 `gpu_methods`) from 61's result of `run` in the default lake."""
     manifest = Lake("lake").need(run, "61_compare_peft_methods")
     rows = [
         {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         for row in manifest.metrics["rows"]
     ]
     command = "make notebooks" if run == "sample" else f"kit run params/{run}.yaml --only 61"
-    made = _made_by(manifest) | {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
-    compare_methods.REFERENCE.with_stem(name).write_text(
-        json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    figures = {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
+    reference.write(name, manifest, machine(), figures)
 
 
 def reference_classify(run: str, lake: str, command: str) -> None:
-    """Write the reference run that 63 shows from the result of `run` in `lake`, made by `command`."""
-    from kit.train import classify
-
+    """Record `classify`, which 63 shows, from the result of `run` in `lake`, made by `command`."""
     manifest = Lake(lake).need(run, "63_classify_sentiment")
     kept = {k: v for k, v in manifest.metrics.items() if k != "what_ran"}
-    made = _made_by(manifest) | {"command": command, **kept}
-    text = json.dumps(made, indent=1, ensure_ascii=False)
-    classify.REFERENCE.write_text(text + "\n", encoding="utf-8")
+    reference.write("classify", manifest, machine(), {"command": command, **kept})
 
 
-def _made_by(manifest: Manifest) -> dict[str, str]:
-    """Machine, date and commit of a result."""
-    cpu = [
-        x.partition(":")[2]
-        for x in Path("/proc/cpuinfo").read_text().splitlines()
-        if x.startswith("model name")
-    ]
-    return {
-        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, {compare_methods.gpu_name()}",
-        "date": manifest.created_at[:10],
-        "commit": str(manifest.code["git_sha"])[:10] + ("+" if manifest.code["dirty"] else ""),
-    }
+def machine() -> str:
+    """This machine, in words."""
+    return f"{os.cpu_count()} cores of {reference.processor()}, {compare_methods.gpu_name()}"
 
 
 if __name__ == "__main__":

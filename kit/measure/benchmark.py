@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import platform
 import re
 import tempfile
 import time
@@ -28,6 +27,7 @@ from kit.cost import usd_per_million
 from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
 from kit.params import BenchmarkTraining, FinetuneSft, ParamError, nearest
+from kit.reference import processor
 from kit.show import progress
 from kit.train import fast, load
 from kit.train.describe import with_layers
@@ -78,10 +78,10 @@ def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
         table = flops_by_method(p, made[0].params["lora_r"])
         naive = table[0]["naive_6n_flops_per_token"]
         runs = [run_row(m, peaks[_ran_in(m)], naive, p.usd_per_hour) for m in made]
-        out.table("runs", pa.Table.from_pylist(runs), measured=True)
-        out.table("grid", pa.Table.from_pylist(rows, schema=GRID), measured=True)
-        out.table("gains", pa.Table.from_pylist(gains(rows, wanted), schema=GAINS), measured=True)
-        out.table("model_flops", pa.Table.from_pylist(table))
+        out.rows("runs", runs, measured=True)
+        out.rows("grid", rows, GRID, measured=True)
+        out.rows("gains", gains(rows, wanted), GAINS, measured=True)
+        out.rows("model_flops", table)
         metrics = {"peak_flops_per_s": peaks, "threads": threads, "peak_edge": p.peak_matmul, "runs": runs}
         failed, n = {error: errors.count(error) for error in errors}, len(made) + len(rows)
         counts = Counts(records_in=n, records_out=n - len(errors), failed=failed)
@@ -221,10 +221,9 @@ def gains(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> list[dic
 
 def machine() -> str:
     """The GPU of this machine, or its processor and the threads in use."""
-    info = Path("/proc/cpuinfo")
-    said = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    cpu = f"{said[1] if said else platform.machine()}, {torch.get_num_threads()} threads"
-    return gpu_name() if torch.cuda.is_available() else cpu
+    if torch.cuda.is_available():
+        return gpu_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def measured_bandwidth(megabytes: int = 256, tries: int = 6) -> float:

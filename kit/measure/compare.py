@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -57,8 +56,8 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
                 bar.update()
                 bar.note(f"{name}: perplexity {value:.1f}")
         rows = [{"prompt": q, **{name: said[name][i] for name in STEPS}} for i, q in enumerate(prompts)]
-        out.table("completions", pa.Table.from_pylist(rows))
-        out.table("perplexity", pa.Table.from_pylist(scores))
+        out.rows("completions", rows)
+        out.rows("perplexity", scores)
         out.bytes("report.html", report(rows, scores, p).encode(), rows=len(rows))
         blank = len(p.prompts) - len(prompts)
         counts = Counts(

@@ -22,7 +22,6 @@ from statistics import median
 from typing import Any
 
 import fsspec
-import pyarrow as pa
 
 from kit import resolve
 from kit.lake import Counts, Lake, Manifest
@@ -77,13 +76,13 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
                     row.runs.append(_run(row, p, Path(work)))
                     bar.update()
         table = [tell(row, rows) for row in rows]
-        out.table("rows", pa.Table.from_pylist(table), measured=True)
+        out.rows("rows", table, measured=True)
         if p.gold and (scores := quality(rows, p.gold, {s[0] for s in spots})):
             out.read_outside(p.gold)
-            out.table("quality", pa.Table.from_pylist(scores))
+            out.rows("quality", scores)
         bytes_per_page = pages.stat().st_size / len(spots)
         crawl = [e for t in table for e in whole_crawl(t, p, bytes_per_page)]
-        out.table("extrapolation", pa.Table.from_pylist(crawl), measured=True)
+        out.rows("extrapolation", crawl, measured=True)
         missing = sum(t["error"] == NOT_INSTALLED for t in table)
         broken = sum(t["error"] is not None for t in table) - missing
         counts = Counts(

@@ -47,7 +47,6 @@ from kit.train.shipped import ModelError
 
 LABELS = {0: "negative", 1: "positive"}
 """Ratings 1 and 2, and 3 to 5 (50 makes them)."""
-REFERENCE = ROOT / "data_samples" / "reference_runs" / "classify.json"
 
 
 def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
@@ -91,10 +90,8 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
                 abs(a - b) for a, b in zip(losses[m["strategy"]][: p.check_steps], losses["one"])
             )
         base = baseline(train, held)
-        out.table(
-            "strategies", pa.Table.from_pylist([{**m, "links": str(m["links"])} for m in made]), measured=True
-        )
-        out.table("ranks", pa.Table.from_pylist([_flat(r) for r in reports]), measured=True)
+        out.rows("strategies", [{**m, "links": str(m["links"])} for m in made], measured=True)
+        out.rows("ranks", [_flat(r) for r in reports], measured=True)
         out.table("losses", pa.Table.from_pydict(losses), measured=True)
         out.folder("model", folder / f"model-{([*ways][1:] or ['one'])[0]}")
         dropped = {
@@ -359,11 +356,6 @@ def baseline(train: Sequence[tuple[str, int]], held: Sequence[tuple[str, int]]) 
     )
     model.fit(*zip(*train))
     return float(model.score(*zip(*held)))
-
-
-def reference() -> dict[str, Any]:
-    """The reference run on real reviews that ships: `machine`, `date`, `commit`, `command`, `strategies` and accuracies."""
-    return json.loads(REFERENCE.read_text(encoding="utf-8"))
 
 
 def majority(rows: Sequence[tuple[str, int]]) -> float:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -70,8 +69,8 @@ def distill(p: Distill, lake: Lake) -> Manifest:
                 adapters.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
         tokenizer.save_pretrained(Path(temp, "model"))
         out.folder("model", Path(temp, "model"))
-        out.table("students", pa.Table.from_pylist(rows))
-        out.table("steps", pa.Table.from_pylist(steps), measured=True)
+        out.rows("students", rows)
+        out.rows("steps", steps, measured=True)
         speeds = [writing_speed(m, tokenizer, held.rows[:4], p.distill_tokens) for m in (teacher, model)]
         for row in rows:  # students differ in their weights, not in what a token costs
             row["write_tokens_per_s"] = speeds[row["model"] != "teacher"]

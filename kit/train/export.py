@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -96,7 +95,7 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         out.folder("model", folder)
         shards = [{"file": f.name, "mb": f.stat().st_size / 1e6} for f in sorted(folder.iterdir())]
         for name, table in (("drift", probe.steps), ("answers", probe.answers()), ("shards", shards)):
-            out.table(name, pa.Table.from_pylist(table))
+            out.rows(name, table)
         # the card names this commit and these versions: no part of what the model is
         out.bytes("model/README.md", card(p, lake, probe.steps).encode(), measured=True)
         metrics = {"served": served, "peak_rss_mb": peak["mb"]}

@@ -122,9 +122,9 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
             _drop(asked, found, p.max_tokens)
             _judge(asked, found, bar)
         pairs = [pair(case) for case in _going(found)]
-        out.table("preferences", pa.Table.from_pylist(pairs, PAIR))
-        out.table("judgements", pa.Table.from_pylist([judgement(case) for case in found]))
-        out.table("calls", pa.Table.from_pylist([asdict(call) for call in asked.calls]), measured=True)
+        out.rows("preferences", pairs, PAIR)
+        out.rows("judgements", [judgement(case) for case in found])
+        out.rows("calls", [asdict(call) for call in asked.calls], measured=True)
         counts = {"records_in": prompts, "created": len(found) - prompts, "records_out": len(pairs)}
         counts |= {"dropped": Counter(c.lost for c in found if c.lost)}
         counts |= {"failed": Counter(c.error for c in found if c.error)}

@@ -14,7 +14,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
@@ -241,7 +240,7 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
         for made, name in ((fitted, "reward"), (trainer, "model")):
             out.folder(name, adapters.save_adapter(made.model, Path(temp, name), p.base_model, kind))
             out.table(f"{name}_steps", steps_table(made), measured=True)
-        out.table("answers", pa.Table.from_pylist(first + last))
+        out.rows("answers", first + last)
         reference = "the tuned model, new adapter off" if p.policy_kl_beta else "none, policy_kl_beta is 0"
         flat, hacked = sum(s.get("frac_reward_zero_std") == 1 for s in steps), hacking(before, after)
         ran["what_ran"] |= {"reference": reference, "objective": p.policy_objective}
