@@ -8,13 +8,14 @@ import tempfile
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from test_models import TEXT, no_network, tiny_model
 from test_sft import make_lake, outputs, pair, review, sft_params
 
 from kit import params
 from kit.train import load, reward
 from kit.train.encode import perplexity, prepare
-from kit.train.reward import load_reward, reward_and_policy
+from kit.train.reward import reward_and_policy
 from kit.train.sft import finetune
 from kit.train.shipped import ModelError
 from kit.train.trust import LIMITS, calibration, hacking, repetition, wilson
@@ -76,7 +77,9 @@ def test_a_planted_preference_is_learned_and_the_saved_model_gives_the_same_rewa
     assert attempts == []
     assert learned["accuracy"] > 0.9
     assert learned["losses"][0] == pytest.approx(0.6931, abs=1e-3), "all rewards are 0 at first"
-    judge = load_reward(p, lake.local_folder(m, "reward"))
+    tokenizer = load.load_tokenizer(tiny_model())
+    base = reward.untrained(p, tokenizer.pad_token_id, "none")
+    judge = reward.Judge(PeftModel.from_pretrained(base, lake.local_folder(m, "reward")), tokenizer)
     found = lake.table(lake.need("sample", "50_build_datasets"), "preferences").to_pylist()
     unseen = reward.prepare_pairs(found, judge.tokenizer, p.reward_tokens, "heldout")
     assert reward.judged(judge, unseen)["brier"] == pytest.approx(learned["brier"], abs=1e-6)

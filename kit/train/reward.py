@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
@@ -99,13 +99,6 @@ class Judge:
             self.seen.append({**seen, "cut": float(self.tokenizer.eos_token_id not in raw)})
         kw["log_metric"]("repetition", fmean(repetition(a) for a in ids))
         return found
-
-
-def load_reward(p: Training, folder: str | Path) -> Judge:
-    """The reward model of `folder` (adapter and head) on `p.base_model`."""
-    tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-    base = untrained(p, tokenizer.pad_token_id, adapters.tuned_on(folder)["quantization"])
-    return Judge(PeftModel.from_pretrained(base, str(folder)), tokenizer)
 
 
 def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
