@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,32 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {reference.processor()}, {compare_methods.gpu_name()}"
 
 
+def main(words: list[str] | None = None) -> None:
+    """What `python -m kit.refresh` does with these words."""
+    parser = argparse.ArgumentParser(prog="python -m kit.refresh")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    notebooks = verbs.add_parser("notebooks", help="run notebooks and write their outputs")
+    notebooks.add_argument("numbers", nargs="*", help="such as 10 21; none: all")
+    rates = verbs.add_parser("reference", help="record the rates that estimates start from")
+    rates.add_argument("small", nargs="?", default="tiny", help="a run in the default lake")
+    rates.add_argument("large", nargs="?", default="demo", help="a larger one")
+    methods = verbs.add_parser("methods", help="record a table of 61")
+    methods.add_argument("run", nargs="?", default="sample", help="a run in the default lake")
+    methods.add_argument("name", nargs="?", default="methods", choices=("methods", "gpu_methods"))
+    classify = verbs.add_parser("classify", help="record a table of 63")
+    for name in ("run", "lake", "command"):
+        classify.add_argument(name)
+    asked = vars(parser.parse_args(words))
+    verb = asked.pop("verb")
+    if verb == "notebooks":
+        refresh_notebooks(*asked["numbers"])
+    else:
+        RECORDED[verb](**asked)
+
+
+RECORDED = {"reference": reference_run, "methods": reference_methods, "classify": reference_classify}
+"""What records figures, by its word on the command line."""
+
+
 if __name__ == "__main__":
-    verbs = {"notebooks": refresh_notebooks, "reference": reference_run, "methods": reference_methods}
-    (verbs | {"classify": reference_classify})[sys.argv[1]](*sys.argv[2:])
+    main()

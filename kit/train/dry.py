@@ -7,9 +7,9 @@ layer's share taken times the layers. So it holds for any architecture of like l
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,5 +150,16 @@ def random_model(name: str, folder: str) -> Path:
     return Path(folder)
 
 
+def main(words: list[str] | None = None) -> None:
+    """What `python -m kit.train.dry` does with these words."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.train.dry", description="Write a model with random weights."
+    )
+    parser.add_argument("name", help="a model whose shape it has, such as Llama-3-8B")
+    parser.add_argument("folder", help="where it is written")
+    asked = parser.parse_args(words)
+    print(random_model(asked.name, asked.folder))
+
+
 if __name__ == "__main__":
-    print(random_model(sys.argv[1], sys.argv[2]))
+    main()
