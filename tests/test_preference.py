@@ -8,7 +8,8 @@ from test_sft import make_lake, outputs, pair, sft_params
 
 from kit import params
 from kit.train import load, preference
-from kit.train.preference import OBJECTIVES, align, check_first_loss
+from kit.train.objectives import OBJECTIVES, check_first_loss
+from kit.train.preference import align
 from kit.train.sft import finetune
 from kit.train.shipped import ModelError
 

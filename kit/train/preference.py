@@ -2,118 +2,33 @@
 
 The policy is the tuned model (its adapter merged) with a new adapter; the reference is the same model with
 that adapter switched off, or a frozen copy where all weights are trained. Nobody has to wonder what the reference
-is: at step 0 the two are one, so the loss before the first update is known, and is checked.
+is: at step 0 the two are one, so the loss before the first update is known, and is checked (`kit.train.objectives`).
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
 from kit.train import adapters, load
 from kit.train.encode import Rows
-from kit.train.loop import Metered, common, quiet, run, steps_table
+from kit.train.loop import common, quiet, run, steps_table
 from kit.train.methods import METHODS, adapter_config, base_quantization
+from kit.train.objectives import OBJECTIVES
 from kit.train.plan import require_fit
 from kit.train.shipped import ModelError
 
-TOLERANCE = 1e-3
-"""Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
 SHARE_OF_SFT_RATE = 0.2
 """A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""
 EVALUATED = 8
 """Held-out pairs that score the aligned model, at most."""
-
-
-class _Checked(Metered):
-    """A trainer whose first loss must be the one that follows from policy = reference."""
-
-    first_loss: float | None = None
-
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; the first is checked."""
-        found = super().compute_loss(model, *args, **kwargs)
-        if self.model.training and self.state.global_step == 0 and self.first_loss is not None:
-            check_first_loss(
-                float((found[0] if isinstance(found, tuple) else found).detach()), self.first_loss
-            )
-        return found
-
-
-class PreferenceTrainer(_Checked, DPOTrainer):
-    """TRL's trainer for pairs, metered."""
-
-
-class JudgementTrainer(_Checked, KTOTrainer):
-    """TRL's trainer for single texts, good or bad, metered."""
-
-
-class OddsTrainer(_Checked, ORPOTrainer):
-    """TRL's trainer without a reference, metered."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A way to learn from preferences: TRL's trainer and settings; the loss at step 0 as a function of β."""
-
-    trainer: type
-    config: type
-    about: str
-    settings: Mapping[str, Any]
-    first_loss: Callable[[float], float] | None = None
-    paired: bool = True
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective(
-        PreferenceTrainer,
-        DPOConfig,
-        "−log σ(β · margin) (Rafailov et al. 2023, equation 7)",
-        {"loss_type": ["sigmoid"]},
-        lambda beta: math.log(2),
-    ),
-    "ipo": Objective(
-        PreferenceTrainer,
-        DPOConfig,
-        "(margin − 1/2β)², which does not run away on clear pairs (Azar et al. 2023)",
-        {"loss_type": ["ipo"]},
-        lambda beta: 1 / (4 * beta * beta),
-    ),
-    "kto": Objective(
-        JudgementTrainer,
-        KTOConfig,
-        "each text against the mean, losses weigh more than gains (Ethayarajh et al. 2024)",
-        {},
-        lambda beta: 0.5,
-        paired=False,
-    ),
-    "orpo": Objective(
-        OddsTrainer,
-        ORPOConfig,
-        "likelihood of the better plus the odds between the two, no reference (Hong et al. 2024)",
-        {},
-    ),
-}
-
-
-def check_first_loss(loss: float, expected: float = math.log(2)) -> None:
-    """Raise `ModelError` unless the loss before the first update is what policy = reference gives (DPO: ln 2)."""
-    if not abs(loss - expected) < TOLERANCE * max(1.0, expected):
-        raise ModelError(
-            f"the first preference loss is {loss:.4f}, not {expected:.4f}: the reference is not the model that "
-            "training starts from"
-        )
 
 
 def align(p: AlignDpo, lake: Lake) -> Manifest:
@@ -154,31 +69,41 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
             sweep.append(
                 _moved(float(beta), _train(other, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1])
             )
-        reference = OBJECTIVES[p.preference_loss].first_loss is not None
-        extra = ran["forward_flops"] if reference else 0
         metrics = {
             **ran,
-            # the reference's forward pass is work that the method asks for
-            "flops": ran["flops"] + extra,
-            "hardware_flops": ran["hardware_flops"] + extra,
-            "flops_per_token": (ran["flops"] + extra) / ran["tokens"],
-            "flops_convention": ran["flops_convention"]
-            + "; plus one forward pass of the reference" * reference,
+            **_with_reference(p, ran),
             "samples_per_s": round(p.dpo_steps * _batch(p) / ran["train_seconds"], 3),
             "sweep": sorted(sweep, key=lambda s: s["beta"]),
         }
-        kept = (
-            "a frozen copy of the tuned model" if p.method == "full" else "the tuned model, new adapter off"
-        )
         metrics["what_ran"] |= {
             "method": p.method,
             "base": base_quantization(p),
             "loss": p.preference_loss,
             "threads": threads,
             "padding": tokenizer.pad_note,
-            "reference": kept if reference else "none",
+            "reference": _reference(p),
         }
         return out.commit(pairs.counts(p.dpo_steps, _batch(p), "dpo_steps"), metrics)
+
+
+def _reference(p: AlignDpo) -> str:
+    """What the policy is held against, in words."""
+    if OBJECTIVES[p.preference_loss].first_loss is None:
+        return "none"
+    return "a frozen copy of the tuned model" if p.method == "full" else "the tuned model, new adapter off"
+
+
+def _with_reference(p: AlignDpo, ran: Mapping[str, Any]) -> dict[str, Any]:
+    """FLOPs with those of the reference's forward pass, which is work that the method asks for."""
+    has_reference = OBJECTIVES[p.preference_loss].first_loss is not None
+    extra = ran["forward_flops"] if has_reference else 0
+    more = "; plus one forward pass of the reference" if has_reference else ""
+    return {
+        "flops": ran["flops"] + extra,
+        "hardware_flops": ran["hardware_flops"] + extra,
+        "flops_per_token": (ran["flops"] + extra) / ran["tokens"],
+        "flops_convention": ran["flops_convention"] + more,
+    }
 
 
 def _batch(p: AlignDpo) -> int:
