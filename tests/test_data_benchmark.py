@@ -11,7 +11,8 @@ from conftest import run_data_stages
 
 from kit.lake import Lake
 from kit.measure import data_benchmark, process_tree
-from kit.measure.data_benchmark import Row, extrapolate, quality, spark_against_loop, tell, whole_crawl
+from kit.measure.benchmark_rows import Row
+from kit.measure.data_benchmark import extrapolate, quality, spark_against_loop, tell, whole_crawl
 from kit.measure.process_tree import Measured, measure
 from kit.params import BenchmarkData
 
