@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,7 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
     open_base = functools.partial(load.load_model, p.base_model, trust_remote_code=p.trust_remote_code)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-export-") as temp:
         folder, tuned = Path(temp, "model"), [out.read(stage) for stage in CHAIN[p.export_from]]
-        for stage, method in ((m.stage, m.params.get("method", "lora")) for m in tuned):
-            if not METHODS[method].merges:
-                raise ModelError(
-                    f"{stage} learned with method={method} what no weight can hold: use method=lora"
-                )
+        require_mergeable(tuned)
         adapter_folders = [lake.local_folder(m, "model") for m in tuned]
         tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         heldout = lake.table(out.read("50_build_datasets"), "heldout").to_pylist()
@@ -61,15 +58,8 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         with peak_memory() as peak, show.progress(6, "export", "steps") as bar:
             probe = Probe(rows.rows[: p.export_rows], tokenizer, p.export_tokens, bar)
             kind = adapters.tuned_on(adapter_folders[-1])["quantization"]
-            probe.look(
-                "attached",
-                attached(
-                    open_base,
-                    adapter_folders,
-                    kind,
-                    tuned[-1].metrics["what_ran"].get("computes_in", "float32"),
-                ),
-            )
+            trained_in = tuned[-1].metrics["what_ran"].get("computes_in", "float32")
+            probe.look("attached", attached(open_base, adapter_folders, kind, trained_in))
             probe.look("base", open_base(dtype="float32"), answer=True)
             model = open_base(dtype="float32", adapters=adapter_folders)
             drift = probe.look("merged", model, answer=True)
@@ -100,6 +90,13 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         out.bytes("model/README.md", card(p, lake, probe.steps).encode(), measured=True)
         metrics = {"served": served, "peak_rss_mb": peak["mb"]}
         return out.commit(rows.counts(p.export_rows, 1, "export_rows"), metrics)
+
+
+def require_mergeable(tuned: Sequence[Manifest]) -> None:
+    """Raise `ModelError` for a stage that learned a prompt or a prefix: no weight can hold it."""
+    for stage, method in ((m.stage, m.params.get("method", "lora")) for m in tuned):
+        if not METHODS[method].merges:
+            raise ModelError(f"{stage} learned with method={method} what no weight can hold: use method=lora")
 
 
 def attached(open_base: Any, folders: list[str], kind: str, trained_in: str) -> torch.nn.Module:
