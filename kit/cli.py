@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import ROOT, KitError, cost, pipeline, resolve
+from kit import ROOT, KitError, cost, pipeline, reference, resolve
 from kit.lake import Lake
 from kit.params import (
     NOTEBOOKS,
@@ -28,6 +28,7 @@ from kit.params import (
     validate,
 )
 from kit.show import Table, printable
+from kit.train import load
 
 COMMANDS = ("run", "status", "trace", "watch", "estimate", "doctor")
 
@@ -223,7 +224,7 @@ def _estimate(args: argparse.Namespace) -> int:
         sum(r.usd for r in rows), "",
     )  # fmt: skip
     table = [vars(r) | {"usd": f"{r.usd:.4f}"} for r in [*rows, total]]
-    made = cost.reference()
+    made = reference.read("rates")
     print(Table(table))
     print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
     for warning in warnings:
@@ -297,14 +298,14 @@ def _planned(
     if not gpu and all(usual):
         return {}, []
     from kit.train import machine as machines
-    from kit.train import models, plan
+    from kit.train import plan
 
     known_gpus = list(machines.GPUS)
     if gpu and gpu.lower() not in known_gpus:
         raise ParamError(f"unknown GPU '{gpu}'{nearest(gpu, known_gpus)}; known: {', '.join(known_gpus)}")
     found, warnings = {}, []
     for p, known in zip(stages, usual, strict=True):
-        here = None if gpu else machines.this_machine(models.pick_dtype(p.dtype))
+        here = None if gpu else machines.this_machine(load.pick_dtype(p.dtype))
         machine = here or machines.GPUS[gpu.lower()]
         made, wrong = plan.foresee(p, machine)
         if made and (gpu or not known):

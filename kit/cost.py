@@ -1,22 +1,18 @@
 """What a run will take and what it took: seconds, memory and dollars.
 
 An estimate is `fixed + per_unit × units`. The rate is this lake's own, from the manifest of an earlier run,
-where there is one; else that of the reference run which ships with the kit
-(`data_samples/reference_runs/rates.json`: measured, with machine, date and commit).
+where there is one; else that of the reference run which ships with the kit (`kit.reference`: measured, with machine,
+date and commit).
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from kit import ROOT
+from kit import reference
 from kit.lake import Manifest
 from kit.params import CompareGenerations, Cores, Stage, Training
-
-REFERENCE = ROOT / "data_samples" / "reference_runs" / "rates.json"
 
 DECIDES = ("base_model", "method", "quantization", "dtype", "activation_checkpointing", "packing")
 """Parameters without which an earlier run tells nothing about the next one's speed."""
@@ -32,12 +28,6 @@ class Estimate:
     memory_mb: float
     usd: float
     rate_from: str
-
-
-@cache
-def reference() -> dict[str, Any]:
-    """The reference run: `machine`, `date`, `commit` and `stages: {stage: {fixed_s, per_unit_s, memory_mb}}`."""
-    return json.loads(REFERENCE.read_text(encoding="utf-8"))
 
 
 def usd(seconds: float, usd_per_hour: float) -> float:
@@ -81,7 +71,8 @@ def estimate(
     """
     units, unit = planned_units(p, pages)
     work = f"{units:,.0f} {unit}"
-    rate = reference()["stages"][p.stage]
+    known = reference.read("rates")
+    rate = known["stages"][p.stage]
     fixed, per_unit, memory_mb, source = (
         rate["fixed_s"],
         rate["per_unit_s"],
@@ -97,7 +88,7 @@ def estimate(
     elif planned:
         per_unit, memory_mb, source = planned[0] / units, round(planned[1]), planned[2]
     elif isinstance(p, Cores) and p.cores:
-        made_on = reference().get("cores", 2)
+        made_on = known.get("cores", 2)
         per_unit, source = per_unit * made_on / p.cores, f"reference run, {made_on} → {p.cores} cores"
     seconds = fixed + per_unit * units
     return Estimate(p.stage, work, round(seconds, 1), memory_mb, usd(seconds, p.usd_per_hour), source)

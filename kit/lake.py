@@ -20,7 +20,7 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata, util
@@ -47,6 +47,7 @@ NOT_IN_CONTENT = {
     "kit.params.train",
     "kit.show",
     "kit.cost",
+    "kit.reference",
     "kit.pipeline",
     "kit",
 }
@@ -288,6 +289,23 @@ class StageWriter:
         """Write one Parquet file from here."""
         output = write_table(self.lake.uri, self.base, self.attempt, name, table)
         self.add(output.model_copy(update={"measured": measured}))
+
+    def rows(
+        self,
+        name: str,
+        rows: Sequence[Mapping[str, Any]],
+        schema: pa.Schema | None = None,
+        *,
+        measured: bool = False,
+    ) -> None:
+        """Write rows as one Parquet file from here; without `schema`, with every column that some row has."""
+        if schema is None:
+            # pyarrow takes the first row's columns for all: were it one that failed, the others' numbers would be lost
+            columns = dict.fromkeys(column for row in rows for column in row)
+            table = pa.table({column: [row.get(column) for row in rows] for column in columns})
+        else:
+            table = pa.Table.from_pylist(list(rows), schema=schema)
+        self.table(name, table, measured=measured)
 
     def bytes(self, name: str, data: bytes, *, rows: int = 0, measured: bool = False) -> None:
         """Write one file of any kind from here."""

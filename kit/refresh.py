@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit import cost
-from kit.lake import Lake, Manifest, source_sha256
+from kit import cost, reference
+from kit.lake import Lake, source_sha256
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER, execution
@@ -65,7 +65,7 @@ def _committed(output: Any) -> Any:
 
 
 def reference_run(small: str = "tiny", large: str = "demo") -> None:
-    """Write `cost.REFERENCE` from the executions of two runs in the default lake, with machine, date and commit."""
+    """Record `rates` from the executions of two runs in the default lake."""
     found = []
     lake = Lake("lake")
     for run in (small, large):
@@ -74,50 +74,60 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
             (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
         ]
         found.append(stages)
-    made = _made_by(lake.need(large, "90_compare_generations")) | {"stages": cost.two_point_rates(*found)}
-    cost.REFERENCE.parent.mkdir(exist_ok=True)
-    cost.REFERENCE.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    last = lake.need(large, "90_compare_generations")
+    reference.write("rates", last, machine(), {"stages": cost.two_point_rates(*found)})
 
 
-def reference_methods(run: str = "sample", name: str = compare_methods.REFERENCE.stem) -> None:
-    """Write the reference run `name` (60 shows `methods`, 61 `gpu_methods`) from 61's result of `run` in the default lake."""
+def reference_methods(run: str = "sample", name: str = "methods") -> None:
+    """Record `name` (60 shows `methods`, 61 `gpu_methods`) from 61's result of `run` in the default lake."""
     manifest = Lake("lake").need(run, "61_compare_peft_methods")
     rows = [
         {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
         for row in manifest.metrics["rows"]
     ]
     command = "make notebooks" if run == "sample" else f"kit run params/{run}.yaml --only 61"
-    made = _made_by(manifest) | {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
-    compare_methods.REFERENCE.with_stem(name).write_text(
-        json.dumps(made, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    figures = {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
+    reference.write(name, manifest, machine(), figures)
 
 
 def reference_classify(run: str, lake: str, command: str) -> None:
-    """Write the reference run that 63 shows from the result of `run` in `lake`, made by `command`."""
-    from kit.train import classify
-
+    """Record `classify`, which 63 shows, from the result of `run` in `lake`, made by `command`."""
     manifest = Lake(lake).need(run, "63_classify_sentiment")
     kept = {k: v for k, v in manifest.metrics.items() if k != "what_ran"}
-    made = _made_by(manifest) | {"command": command, **kept}
-    text = json.dumps(made, indent=1, ensure_ascii=False)
-    classify.REFERENCE.write_text(text + "\n", encoding="utf-8")
+    reference.write("classify", manifest, machine(), {"command": command, **kept})
 
 
-def _made_by(manifest: Manifest) -> dict[str, str]:
-    """Machine, date and commit of a result."""
-    cpu = [
-        x.partition(":")[2]
-        for x in Path("/proc/cpuinfo").read_text().splitlines()
-        if x.startswith("model name")
-    ]
-    return {
-        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, {compare_methods.gpu_name()}",
-        "date": manifest.created_at[:10],
-        "commit": str(manifest.code["git_sha"])[:10] + ("+" if manifest.code["dirty"] else ""),
-    }
+def machine() -> str:
+    """This machine, in words."""
+    return f"{os.cpu_count()} cores of {reference.processor()}, {compare_methods.gpu_name()}"
+
+
+def main(words: list[str] | None = None) -> None:
+    """What `python -m kit.refresh` does with these words."""
+    parser = argparse.ArgumentParser(prog="python -m kit.refresh")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    notebooks = verbs.add_parser("notebooks", help="run notebooks and write their outputs")
+    notebooks.add_argument("numbers", nargs="*", help="such as 10 21; none: those whose code has changed")
+    rates = verbs.add_parser("reference", help="record the rates that estimates start from")
+    rates.add_argument("small", nargs="?", default="tiny", help="a run in the default lake")
+    rates.add_argument("large", nargs="?", default="demo", help="a larger one")
+    methods = verbs.add_parser("methods", help="record a table of 61")
+    methods.add_argument("run", nargs="?", default="sample", help="a run in the default lake")
+    methods.add_argument("name", nargs="?", default="methods", choices=("methods", "gpu_methods"))
+    classify = verbs.add_parser("classify", help="record a table of 63")
+    for name in ("run", "lake", "command"):
+        classify.add_argument(name)
+    asked = vars(parser.parse_args(words))
+    verb = asked.pop("verb")
+    if verb == "notebooks":
+        refresh_notebooks(*asked["numbers"])
+    else:
+        RECORDED[verb](**asked)
+
+
+RECORDED = {"reference": reference_run, "methods": reference_methods, "classify": reference_classify}
+"""What records figures, by its word on the command line."""
 
 
 if __name__ == "__main__":
-    verbs = {"notebooks": refresh_notebooks, "reference": reference_run, "methods": reference_methods}
-    (verbs | {"classify": reference_classify})[sys.argv[1]](*sys.argv[2:])
+    main()

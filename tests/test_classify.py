@@ -18,9 +18,10 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from kit.lake import Counts, Lake
 from kit.params import BuildDatasets, ClassifySentiment, ParamError
-from kit.train import classify, parallel
-from kit.train.classify import jobs, labelled, launch, require
-from kit.train.models import ModelError
+from kit.train import classify, parallel, rank_job
+from kit.train.classify import labelled
+from kit.train.ranks import jobs, launch, require
+from kit.train.shipped import ModelError
 
 GOOD, BAD = "a warm and funny film with a cast that works", "a dull and slow film with a plot that fails"
 WAYS = ["ddp", "fsdp", "pipeline", "tensor", "tensor_data"]
@@ -207,10 +208,10 @@ def long_job(tmp_path, **more):
     folder = tmp_path / "job"
     folder.mkdir()
     tokenizer = classify.AutoTokenizer.from_pretrained(p.encoder)
-    classify.begin(p, tokenizer, folder / parallel.START)
+    classify.begin(p, tokenizer, folder / rank_job.START)
     rows = labelled(reviews(44), "train")
-    parallel.save_rows(
-        folder / parallel.ROWS, classify.encode(tokenizer, [t for t, _ in rows], 32), [n for _, n in rows]
+    rank_job.save_rows(
+        folder / rank_job.ROWS, classify.encode(tokenizer, [t for t, _ in rows], 32), [n for _, n in rows]
     )
     return folder, *jobs(p, "ddp")
 
@@ -248,9 +249,9 @@ def test_a_rank_that_dies_stops_the_others_within_seconds(tmp_path):
 
 def test_a_rank_that_fails_is_named_with_its_own_error(tmp_path):
     folder, job, ranks = long_job(tmp_path)
-    held = parallel.load_file(folder / parallel.ROWS)
+    held = rank_job.load_file(folder / rank_job.ROWS)
     held["labels"][::2] = 7  # no such label
-    parallel.save_file(held, folder / parallel.ROWS)
+    rank_job.save_file(held, folder / rank_job.ROWS)
     with pytest.raises(ModelError, match=r"rank \d: IndexError: Target 7 is out of bounds"):
         launch(folder, job, ranks, Bar())
 
@@ -263,11 +264,11 @@ def test_mixed_devices_are_refused():
 
 def test_steps_take_every_row_before_any_again():
     lengths = [5 + i % 9 for i in range(50)]
-    steps = list(parallel.steps_of(lengths, 10, 10, seed=1))
+    steps = list(rank_job.steps_of(lengths, 10, 10, seed=1))
     assert (
         steps
-        == list(parallel.steps_of(lengths, 10, 10, seed=1))
-        != list(parallel.steps_of(lengths, 10, 10, seed=2))
+        == list(rank_job.steps_of(lengths, 10, 10, seed=1))
+        != list(rank_job.steps_of(lengths, 10, 10, seed=2))
     )
     for epoch in (steps[:5], steps[5:]):
         assert sorted(i for step in epoch for i in step) == list(range(50))

@@ -9,7 +9,7 @@ from kit import params
 from kit.measure import compare
 from kit.measure.compare import compare_generations, complete, report
 from kit.params import CompareGenerations
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 EVIL = "<script>alert(1)</script> \u202etxt\x07"
 

@@ -6,12 +6,13 @@ import pytest
 from test_models import tiny_model
 from test_sft import make_lake
 
+from kit import reference
 from kit.lake import Lake
 from kit.measure import compare_methods
 from kit.measure.compare_methods import CLAIMS, EXTRAS, claims, tuning
 from kit.params import ComparePeft, ParamError
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 
 def compare_params(lake: Lake, **values) -> ComparePeft:
@@ -78,7 +79,7 @@ def test_claims_are_ratios_of_the_rows_named():
 
 
 def test_the_reference_run_that_ships_beats_its_base_in_every_method():
-    made = compare_methods.reference()
+    made = reference.read("methods")
     assert {"machine", "date", "commit", "command"} <= set(made)
     rows = {r["name"]: r for r in made["rows"]}
     assert set(METHODS) <= set(rows)

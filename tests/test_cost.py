@@ -3,7 +3,7 @@
 import pytest
 from test_models import no_network
 
-from kit import ROOT, cost
+from kit import ROOT, cost, reference
 from kit.cli import main
 from kit.lake import Counts, Manifest
 from kit.params import STAGES, CompareGenerations, ExtractText, FinetuneSft
@@ -20,7 +20,7 @@ RATES = {
 
 @pytest.fixture(autouse=True)
 def rates(monkeypatch):
-    monkeypatch.setattr(cost, "reference", lambda: RATES)
+    monkeypatch.setattr(reference, "read", lambda name: RATES)
 
 
 def manifest(p, records, seconds):
@@ -56,7 +56,7 @@ def test_dollars_per_million():
 
 def test_the_shipped_reference_covers_every_stage(monkeypatch):
     monkeypatch.undo()
-    shipped = cost.reference()
+    shipped = reference.read("rates")
     assert set(shipped["stages"]) == set(STAGES) and shipped["machine"] and shipped["commit"]
 
 

@@ -11,7 +11,9 @@ from conftest import run_data_stages
 
 from kit.lake import Lake
 from kit.measure import data_benchmark, process_tree
-from kit.measure.data_benchmark import Row, extrapolate, quality, spark_against_loop, tell, whole_crawl
+from kit.measure.benchmark_rows import Row
+from kit.measure.data_benchmark import extrapolate, quality, spark_against_loop, tell, whole_crawl
+from kit.measure.data_jobs import datatrove_counts
 from kit.measure.process_tree import Measured, measure
 from kit.params import BenchmarkData
 
@@ -175,3 +177,10 @@ def test_the_measurer_needs_nothing_of_the_data_half():
     code = f"import sys\n{block}import kit.measure.data_jobs"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert process_tree.ONE_THREAD["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.parametrize("read", [7, {"total": 7, "mean": 3.5}])
+def test_datatroves_own_counts_are_read_in_either_form(tmp_path, read):
+    stats = [{"stats": {"documents": read}}, {"stats": {}}, {"stats": {"total": 5}}]
+    (tmp_path / "stats.json").write_text(json.dumps(stats), encoding="utf-8")
+    assert datatrove_counts(tmp_path) == {"units": 7, "kept": 5}

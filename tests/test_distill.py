@@ -11,11 +11,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kit import params
 from kit.train import distill as stage
-from kit.train import models
+from kit.train import load
+from kit.train.batches import IGNORED, padded
 from kit.train.distill import WAYS, build, distill, losses, thin
-from kit.train.encode import IGNORED, padded, perplexity, prepare
-from kit.train.models import ModelError
+from kit.train.encode import perplexity, prepare
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 SMALL = {"distill_steps": 3, "distill_batch_size": 2, "max_tokens": 48, "eval_rows": 3, "threads": 1}
 SMALL |= {"student_layers": 1, "distill_tokens": 4, "teacher": "base", "dtype": "float32"}
@@ -56,7 +57,7 @@ def test_the_divergence_is_the_formula(temperature, beta):
 def trainer_of(folder, **values):
     """A trainer of a one-layer student with a trained head, and a batch of rows of unlike lengths and prompts."""
     p = params.Distill(**{"base_model": tiny_model(), **SMALL, **values})
-    teacher, tokenizer = models.load_model(tiny_model(), dtype="float32"), models.load_tokenizer(tiny_model())
+    teacher, tokenizer = load.load_model(tiny_model(), dtype="float32"), load.load_tokenizer(tiny_model())
     rows = prepare([review(0, " fine work"), review(1, " no", prompt="A warm, funny picture")], tokenizer, 48)
     student = thin(teacher, 1).requires_grad_(True)
     trainer = build(p, "off_policy", student, teacher.requires_grad_(False), tokenizer, rows, folder)
@@ -98,7 +99,7 @@ def test_a_student_that_is_its_teacher_is_no_distance_away(tmp_path):
     p = distill_params(lake, student=tiny_model(), distill_learning_rate=1e-12)
     rows = distill(p, lake).metrics["models"]
     assert all((row["kl"], row["agreement"]) == (pytest.approx(0, abs=1e-6), 1.0) for row in rows)
-    tokenizer, model = models.load_tokenizer(tiny_model()), models.load_model(tiny_model(), dtype="float32")
+    tokenizer, model = load.load_tokenizer(tiny_model()), load.load_model(tiny_model(), dtype="float32")
     assert rows[0]["perplexity"] == pytest.approx(heldout_perplexity(lake, model, tokenizer), rel=1e-5)
 
 
@@ -133,7 +134,7 @@ def test_a_taught_student_is_nearer_to_its_teacher_and_the_best_is_kept(tmp_path
     best = rows[manifest.metrics["best"]]
     assert best["loss"] == min(rows[way]["loss"] for way in WAYS)
     folder = lake.local_folder(manifest, "model")
-    kept, tokenizer = models.load_model(folder, dtype="float32"), models.load_tokenizer(folder)
+    kept, tokenizer = load.load_model(folder, dtype="float32"), load.load_tokenizer(folder)
     assert heldout_perplexity(lake, kept, tokenizer) == pytest.approx(best["perplexity"], rel=1e-4)
     assert best["mb"] == round(
         sum(w.nbytes for w in load_file(f"{folder}/model.safetensors").values()) / 1e6, 1

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kit import ROOT, params
 from kit.lake import LakeError
+from kit.train import adapters, export, load
 from kit.train import consolidate as shards
-from kit.train import export, models
 from kit.train.consolidate import consolidate
 from kit.train.export import merge_and_export
-from kit.train.models import ModelError
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 # two real processes: FSDP2 on gloo, as `dcp.save` writes it, nested with an optimizer's state, flat, or as slices
 # of safetensors; argv: model, target, what to write
@@ -108,9 +108,9 @@ def test_the_exported_model_is_the_tuned_one(tmp_path, method, limit):
     folder = lake.local_folder(manifest, "model")
     assert (
         drift(
-            logits(models.load_model(folder, dtype="float32")),
+            logits(load.load_model(folder, dtype="float32")),
             logits(
-                models.load_model(
+                load.load_model(
                     tiny_model(),
                     dtype="float32",
                     adapters=[lake.local_folder(lake.need("sample", "60_finetune_sft"), "model")],
@@ -127,21 +127,21 @@ def test_the_exported_model_is_the_tuned_one(tmp_path, method, limit):
 
 def test_trap_merging_into_a_4_bit_base_quantises_again(tmp_path):
     torch.manual_seed(1)
-    base = models.load_model(tiny_model(), dtype="float32", quantization="nf4")
+    base = load.load_model(tiny_model(), dtype="float32", quantization="nf4")
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
-    folder = models.save_adapter(model, tmp_path, tiny_model(), "nf4")
+    folder = adapters.save_adapter(model, tmp_path, tiny_model(), "nf4")
     truth = logits(
-        export.attached(lambda **how: models.load_model(tiny_model(), **how), [folder], "nf4", "float32")
+        export.attached(lambda **how: load.load_model(tiny_model(), **how), [folder], "nf4", "float32")
     )
     assert drift(logits(model), truth) < 1e-6
-    assert drift(logits(models.load_model(tiny_model(), dtype="float32", adapters=[folder])), truth) < 1e-2
+    assert drift(logits(load.load_model(tiny_model(), dtype="float32", adapters=[folder])), truth) < 1e-2
     assert drift(logits(model.merge_and_unload()), truth) > 0.05, (
         "the library has mended this: merge directly"
     )
-    plain = models.merge_adapter(models.load_model(tiny_model(), dtype="float32"), folder)
+    plain = adapters.merge_adapter(load.load_model(tiny_model(), dtype="float32"), folder)
     assert drift(logits(plain), truth) > 0.05, "nor is the base before quantisation the one that was tuned"
 
 
@@ -154,14 +154,14 @@ def test_trap_an_adapter_belongs_to_the_base_quantised_in_the_type_it_was_traine
 
 def test_a_merge_that_drifts_is_not_exported(tmp_path, monkeypatch):
     lake = tuned_lake(tmp_path)
-    merge = models.merge_adapter
+    merge = adapters.merge_adapter
 
     def wrong(model, folder):
         merged = merge(model, folder)
         merged.model.norm.weight.data *= 1.01
         return merged
 
-    monkeypatch.setattr(models, "merge_adapter", wrong)
+    monkeypatch.setattr(load, "merge_adapter", wrong)
     with pytest.raises(ModelError, match="the merge changes the logits by 0.01"):
         merge_and_export(export_params(lake), lake)
     assert lake.manifest("sample", "74_merge_and_export") is None
@@ -242,8 +242,8 @@ def test_shards_of_two_processes_become_the_same_model(tmp_path):
         assert sum(files.values()) == len(truth)
         assert same(weights(tmp_path / f"{kind}-whole"), truth), kind
         assert torch.equal(
-            logits(models.load_model(str(tmp_path / f"{kind}-whole"), dtype="float32")),
-            logits(models.load_model(tiny_model(), dtype="float32")),
+            logits(load.load_model(str(tmp_path / f"{kind}-whole"), dtype="float32")),
+            logits(load.load_model(tiny_model(), dtype="float32")),
         )
     for lost in ("nested/__1_0.distcp", "slices/shard-00001-model-00001-of-00001.safetensors"):
         (tmp_path / lost).unlink()

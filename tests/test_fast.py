@@ -11,12 +11,12 @@ from test_sft import make_lake, sft_params
 from trl import SFTConfig
 
 from kit.params import FinetuneSft
-from kit.train import meter, models, plan, settings, sft
+from kit.train import load, meter, plan, settings, sft
 from kit.train.machine import Machine
 from kit.train.methods import adapter_config
-from kit.train.models import ModelError
 from kit.train.setup import resolve
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 
 def test_stock_is_what_trl_does_unasked(tmp_path):
@@ -74,7 +74,7 @@ def test_every_switch_changes_what_ran_and_not_the_loss(tmp_path):
 
 def fitted(lake, folder, changes, **values):
     p = sft_params(lake, **values)
-    tokenizer = models.load_tokenizer(p.base_model)
+    tokenizer = load.load_tokenizer(p.base_model)
     rows = lake.table(lake.need("sample", "50_build_datasets"), "train").to_pylist()
     train = sft.prepare(rows, tokenizer, p.max_tokens)
     return sft.fit(p, tokenizer, train, train, folder / "work", changes).metrics

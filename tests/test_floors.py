@@ -12,6 +12,7 @@ FLOORS = (
     ("kit",),
     ("kit.params",),
     ("kit.lake",),
+    ("kit.reference",),
     ("kit.cost",),
     ("kit.show",),
     ("kit.data", "kit.train"),

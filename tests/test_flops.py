@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from kit.params import Tuning
-from kit.train import meter, models
+from kit.train import load, meter
 from kit.train.flops import PEAKS, TYPES, deeper, measured_peak, model_flops, naive_6n, peak_of
 from kit.train.methods import METHODS, adapter_config
 
@@ -50,7 +50,7 @@ def tuned(method, model):
 
 def quantised(kind, folder):
     llama().save_pretrained(folder)
-    model = models.load_model(str(folder), quantization=kind, dtype="float32")
+    model = load.load_model(str(folder), quantization=kind, dtype="float32")
     model.config._attn_implementation = "eager"
     return tuned("qlora", model)
 

@@ -237,3 +237,17 @@ def test_a_model_on_s3_comes_back_as_a_folder(s3, tmp_path):
         out.folder("model", tmp_path)
         manifest = out.commit(Counts(records_in=1, records_out=1))
     assert os.listdir(lake.local_folder(manifest, "model")) == ["config.json"]
+
+
+def test_rows_of_which_the_first_failed_keep_the_columns_of_the_others(lake):
+    rows = [{"name": "a", "error": "no memory"}, {"name": "b", "error": "", "seconds": 2.5}]
+    with lake.stage(ExploreIndex(run="r")) as out:
+        out.rows("table", rows, measured=True)
+        manifest = out.commit(Counts(records_in=2, records_out=2))
+    table = lake.table(manifest, "table")
+    assert table.to_pylist() == [rows[0] | {"seconds": None}, rows[1]]
+    assert manifest.outputs[0].measured
+    with lake.stage(ExploreIndex(run="r")) as out:
+        out.rows("table", rows, pa.schema([("seconds", pa.float64())]))
+        named = out.commit(Counts(records_in=2, records_out=2))
+    assert lake.table(named, "table").column_names == ["seconds"]

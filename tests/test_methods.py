@@ -4,12 +4,12 @@ import pytest
 
 from kit.params import METHODS as NAMES
 from kit.params import FinetuneSft
-from kit.train import models
+from kit.train import load
 from kit.train.encode import prepare
 from kit.train.methods import METHODS, adapter_config, base_quantization
-from kit.train.models import ModelError
 from kit.train.setup import resolve
 from kit.train.sft import fit
+from kit.train.shipped import ModelError
 
 
 def test_the_table_has_every_method_that_a_recipe_may_name():
@@ -31,7 +31,7 @@ def test_the_table_has_every_method_that_a_recipe_may_name():
 def reviews(data_lake):
     """The tokenizer, and rows of the sample: (tokenizer, train, held out)."""
     data = data_lake.need("sample", "50_build_datasets")
-    tokenizer = models.load_tokenizer("smollm2")
+    tokenizer = load.load_tokenizer("smollm2")
     train = prepare(data_lake.table(data, "train").to_pylist(), tokenizer, 64)
     return tokenizer, train, prepare(data_lake.table(data, "heldout").to_pylist()[:8], tokenizer, 64)
 

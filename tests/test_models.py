@@ -14,10 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kit.train import encode, shipped
-from kit.train import models as kit_models
-from kit.train.encode import IGNORED
-from kit.train.models import ModelError
+from kit.train import adapters, encode, load, shipped
+from kit.train.batches import IGNORED
+from kit.train.shipped import ModelError
 
 TEXT = [
     "The film is a slow burn, and the ending is worth the wait.",
@@ -89,13 +88,13 @@ def adapter_folder(folder: Path, seed: int = 1) -> Path:
     """A LoRA adapter with random, non-zero weights."""
     torch.manual_seed(seed)
     model = get_peft_model(
-        kit_models.load_model(tiny_model(), dtype="float32"),
+        load.load_model(tiny_model(), dtype="float32"),
         LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    return kit_models.save_adapter(model, folder, "somewhere")
+    return adapters.save_adapter(model, folder, "somewhere")
 
 
 def logits(model):
@@ -104,7 +103,7 @@ def logits(model):
 
 
 def test_pad_token_is_not_the_end_token_and_it_is_said():
-    tokenizer = kit_models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
     assert "instead of '<|im_end|>'" in tokenizer.pad_note
 
@@ -116,7 +115,7 @@ def test_pad_equal_to_end_is_said_where_nothing_else_exists(tmp_path):
     raw["added_tokens"] = [t for t in raw["added_tokens"] if t["content"] == "<|im_end|>"]
     alone = Tokenizer.from_str(json.dumps(raw))
     PreTrainedTokenizerFast(tokenizer_object=alone, eos_token="<|im_end|>").save_pretrained(tmp_path / "m")
-    tokenizer = kit_models.load_tokenizer(str(tmp_path / "m"))
+    tokenizer = load.load_tokenizer(str(tmp_path / "m"))
     assert tokenizer.pad_token == tokenizer.eos_token
     assert "no distinct token exists" in tokenizer.pad_note
 
@@ -124,8 +123,8 @@ def test_pad_equal_to_end_is_said_where_nothing_else_exists(tmp_path):
 def test_a_local_model_touches_no_network(monkeypatch, tmp_path):
     attempts = no_network(monkeypatch)
     folder = adapter_folder(tmp_path / "adapter")
-    kit_models.load_tokenizer(tiny_model())
-    kit_models.load_model(tiny_model(), adapters=[folder])
+    load.load_tokenizer(tiny_model())
+    load.load_model(tiny_model(), adapters=[folder])
     assert attempts == []
     with pytest.raises(OSError, match="network touched"):
         socket.create_connection(("localhost", 9))
@@ -141,14 +140,14 @@ def test_a_local_model_touches_no_network(monkeypatch, tmp_path):
 )
 def test_a_wrong_name_is_one_clear_line(name, words):
     with pytest.raises(ModelError, match=words) as error:
-        kit_models.load_model(name)
+        load.load_model(name)
     assert "\n" not in str(error.value)
 
 
 def test_the_shipped_model_that_is_not_fetched_says_what_fetches_it(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "CACHE", tmp_path)
     with pytest.raises(ModelError, match=r"python -m kit\.train\.shipped"):
-        kit_models.load_model("smollm2")
+        load.load_model("smollm2")
 
 
 def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
@@ -156,14 +155,14 @@ def test_a_hub_id_without_network_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="with no network use base_model 'smollm2'"):
-        kit_models.load_model("nobody/such-a-model-does-not-exist")
+        load.load_model("nobody/such-a-model-does-not-exist")
 
 
 def test_other_formats_than_safetensors_are_refused(tmp_path):
     shutil.copytree(tiny_model(), tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="holds no safetensors"):
-        kit_models.load_model(str(tmp_path / "m"))
+        load.load_model(str(tmp_path / "m"))
 
 
 def test_a_damaged_wheel_is_refused(monkeypatch, tmp_path):
@@ -206,23 +205,23 @@ def test_merging_adapters_in_order_drifts_less_than_a_thousandth(tmp_path):
     from peft import PeftModel
 
     folders = [adapter_folder(tmp_path / str(seed), seed) for seed in (1, 2)]
-    wrapped = PeftModel.from_pretrained(kit_models.load_model(tiny_model(), dtype="float32"), folders[0])
+    wrapped = PeftModel.from_pretrained(load.load_model(tiny_model(), dtype="float32"), folders[0])
     wrapped = PeftModel.from_pretrained(wrapped.merge_and_unload(), folders[1])
     truth = logits(wrapped)
-    merged = logits(kit_models.load_model(tiny_model(), dtype="float32", adapters=folders))
+    merged = logits(load.load_model(tiny_model(), dtype="float32", adapters=folders))
     assert (merged - truth).norm() / truth.norm() < 1e-3
-    base = logits(kit_models.load_model(tiny_model(), dtype="float32"))
+    base = logits(load.load_model(tiny_model(), dtype="float32"))
     assert (merged - base).norm() / base.norm() > 1e-2
 
 
 def test_a_folder_of_full_weights_replaces(tmp_path):
-    model = kit_models.load_model(tiny_model(), dtype="float32")
+    model = load.load_model(tiny_model(), dtype="float32")
     torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.weight)
-    full = kit_models.save_adapter(model, tmp_path / "full", "tiny")
+    full = adapters.save_adapter(model, tmp_path / "full", "tiny")
     lora = adapter_folder(tmp_path / "lora")
-    loaded = kit_models.load_model(tiny_model(), dtype="float32", adapters=[full])
+    loaded = load.load_model(tiny_model(), dtype="float32", adapters=[full])
     assert torch.equal(logits(loaded), logits(model))
-    both = kit_models.load_model(tiny_model(), dtype="float32", adapters=[full, lora])
+    both = load.load_model(tiny_model(), dtype="float32", adapters=[full, lora])
     assert not torch.allclose(logits(both), logits(model), atol=1e-4)
 
 
@@ -240,7 +239,7 @@ def test_the_saved_adapter_names_no_machine_and_no_hash_order(tmp_path):
 
 
 def test_encode_masks_the_prompt_and_ends_what_fits():
-    tokenizer = kit_models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     row = encode.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
     n = len(tokenizer("The review is")["input_ids"])
     assert row["labels"][:n] == [IGNORED] * n
@@ -254,8 +253,8 @@ def test_encode_masks_the_prompt_and_ends_what_fits():
 
 
 def test_perplexity_is_that_of_one_row_at_a_time_whatever_the_padding():
-    tokenizer = kit_models.load_tokenizer(tiny_model())
-    model = kit_models.load_model(tiny_model(), dtype="float32")
+    tokenizer = load.load_tokenizer(tiny_model())
+    model = load.load_model(tiny_model(), dtype="float32")
     rows = [encode.encode({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
     total = tokens = 0
     for row in rows:
@@ -273,7 +272,7 @@ def test_perplexity_is_that_of_one_row_at_a_time_whatever_the_padding():
 def test_auto_dtype_is_float32_on_a_cpu_without_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    assert kit_models.pick_dtype("auto") == torch.float32
+    assert load.pick_dtype("auto") == torch.float32
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert kit_models.pick_dtype("auto") == torch.bfloat16
-    assert kit_models.pick_dtype("float32") == torch.float32
+    assert load.pick_dtype("auto") == torch.bfloat16
+    assert load.pick_dtype("float32") == torch.float32

@@ -14,14 +14,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import ROOT
 from kit.params import METHODS, AlignDpo, CompareGenerations, FinetuneSft
-from kit.train import dry, models, plan, shipped
+from kit.train import dry, load, plan, shipped
 from kit.train import machine as machines
+from kit.train.describe import describe
 from kit.train.flops import model_flops
 from kit.train.machine import GPUS, Machine
 from kit.train.methods import adapter_config
-from kit.train.models import ModelError
 from kit.train.setup import resolve
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 SMALL = Machine("a small machine", 20 * 1024, 300e9, 10.0, gpu=False)
@@ -68,7 +69,7 @@ def test_what_is_counted_without_weights_is_what_a_real_model_has(tmp_path, meth
     found = seen(method, str(tmp_path))
     assert found.linear + found.other == sum(w.numel() for w in model.parameters())
     model = get_peft_model(model, c) if (c := adapter_config(tuning(method=method))) else model
-    assert found.trained == models.describe(model)["trainable"]
+    assert found.trained == describe(model)["trainable"]
     assert found.flops.per_token(100) == pytest.approx(model_flops(model).per_token(100), rel=1e-9)
     assert found.saved + 48 * found.saved_token == pytest.approx(dry._saved(model, 48, False), rel=0.03)
 
@@ -140,7 +141,7 @@ def test_the_cheapest_change_comes_first():
 def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(tmp_path, monkeypatch):
     lake = make_lake(tmp_path)
     monkeypatch.setattr(machines, "this_machine", lambda dtype: Machine("x", 10.0, 1e9, 10.0, gpu=False))
-    monkeypatch.setattr(models, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(load, "load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="GB free"):
         finetune(sft_params(lake), lake)
 
@@ -180,8 +181,8 @@ def test_a_random_model_of_a_known_shape_is_loadable(tmp_path, monkeypatch):
     small = dry.FACTS["Llama-3-8B"] | {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     monkeypatch.setitem(dry.FACTS, "Llama-3-8B", small | {"num_attention_heads": 8, "vocab_size": 49152})
     folder = dry.random_model("meta-llama/Llama-3-8B", str(tmp_path / "m"))
-    assert models.load_model(str(folder)).config.num_hidden_layers == 1
-    assert models.load_tokenizer(str(folder)).eos_token_id < 49152
+    assert load.load_model(str(folder)).config.num_hidden_layers == 1
+    assert load.load_tokenizer(str(folder)).eos_token_id < 49152
 
 
 def test_a_frozen_copy_as_reference_is_planned_for():

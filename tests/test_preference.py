@@ -7,10 +7,11 @@ from test_models import TEXT, no_network, tiny_model
 from test_sft import make_lake, outputs, pair, sft_params
 
 from kit import params
-from kit.train import models, preference
-from kit.train.models import ModelError
-from kit.train.preference import OBJECTIVES, align, check_first_loss
+from kit.train import load, preference
+from kit.train.objectives import OBJECTIVES, check_first_loss
+from kit.train.preference import align
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 
 def dpo_params(lake, **values):
@@ -103,8 +104,8 @@ def test_another_reference_is_refused(tmp_path, monkeypatch):
 
     def wrong_reference(p, model, *args):
         trainer = build(p, model, *args)
-        trainer.ref_model = models.load_model(tiny_model(), dtype="float32")  # the base, not the tuned model
-        preference.models.release()
+        trainer.ref_model = load.load_model(tiny_model(), dtype="float32")  # the base, not the tuned model
+        preference.load.release()
         from trl.trainer.utils import add_fused_lm_head
 
         add_fused_lm_head(trainer.ref_model)

@@ -12,10 +12,10 @@ from test_sft import outputs, review
 
 from kit import params
 from kit.lake import Counts, Lake
-from kit.train import models, pretrain
-from kit.train.models import ModelError
+from kit.train import load, pretrain
 from kit.train.pretrain import score, wrap
 from kit.train.setup import resolve
+from kit.train.shipped import ModelError
 
 
 def prose(seed):
@@ -82,7 +82,7 @@ def test_both_learn_and_both_folders_load_as_what_was_measured(made):
         m, folder = manifest.metrics[name], lake.local_folder(manifest, name)
         assert len(m["losses"]) == steps == lake.table(manifest, f"steps-{name}").num_rows
         assert m["after"]["domain"]["bits_per_byte"] < m["before"]["domain"]["bits_per_byte"]
-        model, tokenizer = models.load_model(folder, dtype="float32"), models.load_tokenizer(folder)
+        model, tokenizer = load.load_model(folder, dtype="float32"), load.load_tokenizer(folder)
         assert torch.equal(logits(model), after)
         assert score(model, tokenizer, held) == m["after"]
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -166,7 +166,7 @@ def test_bits_per_byte_asks_every_tokenizer_for_the_same_bytes(made):
     new, known = (manifest.metrics[name]["after"]["general"] for name in ("scratch", "model"))
     assert new["bytes"] == known["bytes"] and new["tokens"] != known["tokens"]
     folder, text = lake.local_folder(manifest, "scratch"), " ist schön"
-    model, tokenizer = models.load_model(folder, dtype="float32"), models.load_tokenizer(folder)
+    model, tokenizer = load.load_model(folder, dtype="float32"), load.load_tokenizer(folder)
     torch.nn.init.zeros_(model.lm_head.weight)  # each of 300 entries is as likely
     found, tokens = score(model, tokenizer, {"x": ["Größe" + text]})["x"], len(tokenizer(text)["input_ids"])
     assert (found["bytes"], found["tokens"]) == (len(text.encode()), tokens)

@@ -26,12 +26,17 @@ from kit.data.refine import (
     Verdicts,
     refine_batch,
     refine_documents,
-    refine_row,
+    refine_rows,
     repair,
     verdict,
 )
 from kit.lake import Lake
 from kit.params import ParamError, RefineText
+
+
+def refine_one(row, p):
+    return refine_rows([row], p)[0]
+
 
 ISO = {
     "eng": "en",
@@ -75,7 +80,7 @@ def document(text: str, **values) -> dict:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_ends_in_bounded_time(name: str) -> None:
-    found = refine_row(document(HOSTILE[name], title="\ud800\x00"), RefineText())
+    found = refine_one(document(HOSTILE[name], title="\ud800\x00"), RefineText())
     found["text"].encode()
     assert not set(found["text"]) & set("\x00\u202e\u2066")
 
@@ -329,12 +334,12 @@ def test_title_reviews_and_images_are_masked_like_the_text() -> None:
         reviews=[{"item": "x", "title": mail, "body": mail}],
         images=[{"src": "jo@site.example", "alt": mail, "caption": mail, "context": mail}],
     )
-    found = refine_row(row, RefineText())
+    found = refine_one(row, RefineText())
     texts = [found["text"], found["title"], *list(found["reviews"][0].values())[1:]]
     texts += list(found["images"][0].values())[1:]
     assert texts == ["ask <EMAIL>"] * 7
     assert found["images"][0]["src"] == "jo@site.example"
-    plain = refine_row(row, RefineText(mask_pii=False))
+    plain = refine_one(row, RefineText(mask_pii=False))
     assert (plain["text"], plain["reviews"][0]["body"]) == (mail, mail)
     assert plain["pii"] == dict.fromkeys(pii.TYPES, 0) | {"email": 1}
 
@@ -404,7 +409,7 @@ def test_what_would_change_sides_is_shown_with_its_text(data_lake: Lake, refined
 def test_what_is_not_asked_for_is_null_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pii.mask", "features.measure", "quality.measure_url"):
         monkeypatch.setattr(f"kit.data.{name}", None)
-    row = refine_row(
+    row = refine_one(
         document("ask jo@site.example " * 30),
         RefineText(quality_rules=["c4"], tag_rules=[], pii_types=[], features=[]),
     )

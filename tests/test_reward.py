@@ -8,17 +8,18 @@ import tempfile
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from test_models import TEXT, no_network, tiny_model
 from test_sft import make_lake, outputs, pair, review, sft_params
 
 from kit import params
-from kit.train import models, reward
+from kit.train import load, reward
 from kit.train.encode import perplexity, prepare
 from kit.train.meter import steps_table
-from kit.train.models import ModelError
-from kit.train.reward import load_reward, reward_and_policy
+from kit.train.reward import reward_and_policy
 from kit.train.setup import resolve
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 from kit.train.trust import LIMITS, calibration, hacking, repetition, wilson
 
 WORDS = ["plot", "cast", "scene", "music", "light", "story", "actor", "joke", "song", "end"]
@@ -54,7 +55,7 @@ class Planted(reward.Judge):
     """A reward without training: the share of tokens whose output weights point one way."""
 
     def __init__(self, model):
-        super().__init__(model, models.load_tokenizer(tiny_model()))
+        super().__init__(model, load.load_tokenizer(tiny_model()))
         self.good = (model.lm_head.weight[:, 0] > 0).tolist()
 
     def rewards(self, texts):
@@ -65,7 +66,7 @@ def policy(folder, **values):
     """A trainer of a policy on the tiny model against a planted reward."""
     p = small(tuned_lake(), **values)
     asked = [Dataset.from_list([{"prompt": f"Film {i} is"} for i in range(4)])] * 2
-    model = models.load_model(tiny_model(), dtype="float32")
+    model = load.load_model(tiny_model(), dtype="float32")
     torch.manual_seed(0)  # random tied weights give all tokens nearly the same probability
     model.lm_head.weight = torch.nn.Parameter(torch.randn(512, 64) * 0.15)
     setup = resolve(p, p.fits()[1])
@@ -79,7 +80,9 @@ def test_a_planted_preference_is_learned_and_the_saved_model_gives_the_same_rewa
     assert attempts == []
     assert learned["accuracy"] > 0.9
     assert learned["losses"][0] == pytest.approx(0.6931, abs=1e-3), "all rewards are 0 at first"
-    judge = load_reward(p, lake.local_folder(m, "reward"))
+    tokenizer = load.load_tokenizer(tiny_model())
+    base = reward.untrained(p, tokenizer.pad_token_id, "none")
+    judge = reward.Judge(PeftModel.from_pretrained(base, lake.local_folder(m, "reward")), tokenizer)
     found = lake.table(lake.need("sample", "50_build_datasets"), "preferences").to_pylist()
     unseen = reward.prepare_pairs(found, judge.tokenizer, p.reward_tokens, "heldout")
     assert reward.judged(judge, unseen)["brier"] == pytest.approx(learned["brier"], abs=1e-6)
@@ -97,8 +100,8 @@ def test_the_policy_starts_at_the_tuned_model_goes_on_top_of_it_and_its_answers_
     assert steps[1]["reward"] is None, "no new answers, no new rewards"
     assert {"reward", "reward_std", "completions/mean_length", "repetition"} <= set(steps[0])
     tuned = lake.local_folder(lake.need("sample", "60_finetune_sft"), "model")
-    model = models.load_model(tiny_model(), dtype="float32", adapters=[tuned, lake.local_folder(m, "model")])
-    tokenizer = models.load_tokenizer(tiny_model())
+    model = load.load_model(tiny_model(), dtype="float32", adapters=[tuned, lake.local_folder(m, "model")])
+    tokenizer = load.load_tokenizer(tiny_model())
     held = prepare(lake.table(lake.need("sample", "50_build_datasets"), "heldout").to_pylist(), tokenizer, 64)
     after = m.metrics["after"]["perplexity"]
     assert perplexity(model, tokenizer, held.rows)[0] == pytest.approx(after, rel=1e-3)
@@ -233,7 +236,7 @@ def test_the_reference_is_said(capsys, beta):
 
 
 def test_a_text_that_several_pairs_share_is_read_once(monkeypatch):
-    judge = Planted(models.load_model(tiny_model(), dtype="float32"))
+    judge = Planted(load.load_model(tiny_model(), dtype="float32"))
     pairs = [pair(i, f" {better}", " dull", "Film is", "heldout") for i, better in enumerate(WORDS[:5])]
     read, rewards = [], judge.rewards
     monkeypatch.setattr(judge, "rewards", lambda texts: (read.extend(map(tuple, texts)), rewards(texts))[1])

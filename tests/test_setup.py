@@ -14,9 +14,9 @@ from kit import cost
 from kit.params import AlignDpo, ContinuePretraining, Distill, FinetuneSft, RewardAndPolicy
 from kit.train import plan, preference, scaling
 from kit.train.machine import GPUS, Machine
-from kit.train.models import ModelError
 from kit.train.setup import resolve
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 GPU = GPUS["h100"]
 

@@ -14,11 +14,11 @@ from test_models import TEXT, no_network, tiny_model
 
 from kit import ROOT, params
 from kit.lake import Counts, Lake
-from kit.train import loop, meter, models, settings, sft
+from kit.train import adapters, load, loop, meter, settings, sft
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 
 def review(i, completion, prompt="The film is"):
@@ -88,8 +88,8 @@ def test_a_run_learns_and_says_what_ran(tmp_path, monkeypatch):
     assert [s["step"] for s in steps] == list(range(1, 21))
     assert {"loss", "grad_norm", "learning_rate", "seconds", "tokens"} <= set(steps[0])
     assert steps[0]["learning_rate"] > 0, "the first step must not be lost to a warm-up that starts at zero"
-    tuned = models.load_model(tiny_model(), dtype="float32", adapters=[lake.local_folder(manifest, "model")])
-    tokenizer = models.load_tokenizer(tiny_model())
+    tuned = load.load_model(tiny_model(), dtype="float32", adapters=[lake.local_folder(manifest, "model")])
+    tokenizer = load.load_tokenizer(tiny_model())
     rows = prepare(
         lake.table(lake.need("sample", "50_build_datasets"), "heldout").to_pylist(), tokenizer, 48
     ).rows
@@ -180,19 +180,19 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
 
 def test_a_full_disk_while_saving_keeps_the_last_whole_checkpoint(tmp_path, monkeypatch):
     lake = make_lake(tmp_path)
-    save = models.save_adapter
+    save = adapters.save_adapter
 
     def full_disk(model, folder, *args):
         if "checkpoint-3" in str(folder):
             raise OSError(errno.ENOSPC, "No space left on device")
         return save(model, folder, *args)
 
-    monkeypatch.setattr(models, "save_adapter", full_disk)
+    monkeypatch.setattr(adapters, "save_adapter", full_disk)
     p = sft_params(lake, sft_steps=4, checkpoint_steps=1)
     with pytest.raises(ModelError, match=r"disk is full, while saving step 3; checkpoint-2 is whole"):
         finetune(p, lake)
     assert lake.manifest("sample", "60_finetune_sft") is None
-    monkeypatch.setattr(models, "save_adapter", save)
+    monkeypatch.setattr(adapters, "save_adapter", save)
     assert finetune(p, lake).metrics["resumed_at"] == 2
 
 
@@ -224,14 +224,14 @@ def test_a_learned_prompt_is_loaded_in_front_of_the_model(tmp_path, method):
     lake = make_lake(tmp_path)
     manifest = finetune(sft_params(lake, method=method, sft_steps=6, sft_learning_rate=0.1), lake)
     folder = lake.local_folder(manifest, "model")
-    tuned = models.load_model(tiny_model(), dtype="float32", adapters=[folder])
-    tokenizer = models.load_tokenizer(tiny_model())
+    tuned = load.load_model(tiny_model(), dtype="float32", adapters=[folder])
+    tokenizer = load.load_tokenizer(tiny_model())
     rows = prepare([review(i, f" {TEXT[i]}") for i in range(3)], tokenizer, 48).rows
     assert perplexity(tuned, tokenizer, rows)[0] == pytest.approx(
         manifest.metrics["perplexity_after"], rel=1e-3
     )
     with pytest.raises(ModelError, match="learned prompt, which cannot be merged"):
-        models.load_model(tiny_model(), dtype="float32", adapters=[folder, folder])
+        load.load_model(tiny_model(), dtype="float32", adapters=[folder, folder])
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "nf4_double"])
@@ -338,7 +338,7 @@ def test_tokens_are_counted_without_padding_and_all_of_a_row_without_prompt_coun
     rows = [review(0, f" {TEXT[0]}"), review(1, " short", prompt="")]
     lake = make_lake(tmp_path, train=rows)
     manifest = finetune(sft_params(lake, sft_steps=1, packing=False), lake)
-    tokenizer = models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     lengths = [len(r["input_ids"]) for r in prepare(rows, tokenizer, 48).rows]
     assert manifest.metrics["tokens"] == sum(lengths)
     assert manifest.metrics["padded_tokens"] == 2 * max(lengths)
@@ -361,15 +361,15 @@ def test_no_heldout_row_is_an_error(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     lake = make_lake(tmp_path)
-    load = models.load_model
+    load_model = load.load_model
 
     def broken(*args, **kwargs):
-        model = load(*args, **kwargs)
+        model = load_model(*args, **kwargs)
         monkeypatch.setattr(sft, "perplexity", lambda *a, **k: (1.0, 1))
         torch.nn.init.constant_(model.model.norm.weight, float("nan"))
         return model
 
-    monkeypatch.setattr(models, "load_model", broken)
+    monkeypatch.setattr(load, "load_model", broken)
     with pytest.raises(ModelError, match="the loss is nan at step 1"):
         finetune(sft_params(lake), lake)
     assert lake.manifest("sample", "60_finetune_sft") is None

@@ -14,11 +14,12 @@ from test_sft import make_lake, review, sft_params
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
-from kit.train import encode, loop, models
-from kit.train.encode import IGNORED
+from kit.train import adapters, batches, encode, load, loop
+from kit.train.batches import IGNORED
 from kit.train.flops import model_flops, naive_6n
 from kit.train.setup import resolve, trainer_arguments
 from kit.train.sft import finetune
+from kit.train.shipped import ModelError
 
 
 def gradients(model, ids):
@@ -29,7 +30,7 @@ def gradients(model, ids):
 
 
 def qlora(seed=0):
-    model = models.load_model(tiny_model(), dtype="float32", quantization="nf4_double")
+    model = load.load_model(tiny_model(), dtype="float32", quantization="nf4_double")
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, weight in wrapped.named_parameters():
@@ -52,7 +53,7 @@ def test_trap_1_an_evaluation_on_cpu_leaves_the_gradients_of_qlora_alone():
 
 
 def test_trap_2_after_full_fine_tuning_the_reference_is_not_reloaded_from_the_base(tmp_path):
-    model = models.load_model(tiny_model(), dtype="float32")
+    model = load.load_model(tiny_model(), dtype="float32")
     for weight in model.parameters():
         weight.data += 0.02 * torch.randn_like(weight)  # "tuned"
     model.config._name_or_path = model.name_or_path = tiny_model()
@@ -64,7 +65,7 @@ def test_trap_2_after_full_fine_tuning_the_reference_is_not_reloaded_from_the_ba
             model=model,
             args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"),
             train_dataset=pairs,
-            processing_class=models.load_tokenizer(tiny_model()),
+            processing_class=load.load_tokenizer(tiny_model()),
         )
     ours, theirs = (m.get_input_embeddings().weight for m in (model, stock.ref_model))
     assert not torch.equal(ours, theirs), (
@@ -82,11 +83,11 @@ def packed_batch(tokenizer):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 def test_trap_3_packed_documents_do_not_see_each_other(kernel):
-    tokenizer = models.load_tokenizer(tiny_model())
-    model = models.load_model(tiny_model(), dtype="float32").eval()
+    tokenizer = load.load_tokenizer(tiny_model())
+    model = load.load_model(tiny_model(), dtype="float32").eval()
     model.set_attn_implementation(kernel)
     rows, packed = packed_batch(tokenizer)
-    batch = encode.collate_packed(packed, tokenizer.pad_token_id)
+    batch = batches.collate_packed(packed, tokenizer.pad_token_id)
     with torch.no_grad():
         together = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -120,11 +121,11 @@ def test_trap_3_the_trainer_turns_the_cache_off(tmp_path, monkeypatch):
 
 
 def test_trap_3_a_packed_documents_first_token_is_not_predicted_from_the_one_before():
-    tokenizer = models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     rows, packed = packed_batch(tokenizer)
-    batch = encode.collate_packed(packed, tokenizer.pad_token_id)
+    batch = batches.collate_packed(packed, tokenizer.pad_token_id)
     assert (batch["labels"][batch["position_ids"] == 0] == IGNORED).all()
-    assert sorted(encode.packed_lengths(batch["position_ids"]).tolist()) == sorted(
+    assert sorted(batches.packed_lengths(batch["position_ids"]).tolist()) == sorted(
         len(r["input_ids"]) for r in rows
     )
     scored = int((batch["labels"] != IGNORED).sum())
@@ -153,29 +154,29 @@ def test_trap_7_a_gguf_file_is_converted_once_and_can_be_trained(tmp_path, monke
 
     def convert(gguf, target):  # the conversion itself runs when the shipped model is fetched
         calls.append(gguf)
-        models.load_model(tiny_model(), dtype="float32").save_pretrained(target)
-        models.load_tokenizer(tiny_model()).save_pretrained(target)
+        load.load_model(tiny_model(), dtype="float32").save_pretrained(target)
+        load.load_tokenizer(tiny_model()).save_pretrained(target)
         return target
 
     monkeypatch.setattr(shipped, "convert_gguf", convert)
     (tmp_path / "some.gguf").write_bytes(b"weights")
     for _ in range(2):
-        model = models.load_model(str(tmp_path / "some.gguf"), dtype="float32")
+        model = load.load_model(str(tmp_path / "some.gguf"), dtype="float32")
     assert len(calls) == 1
     assert all(p.requires_grad for p in model.parameters())
-    with pytest.raises(models.ModelError, match="there is no GGUF file"):
-        models.load_model(str(tmp_path / "other.gguf"))
+    with pytest.raises(ModelError, match="there is no GGUF file"):
+        load.load_model(str(tmp_path / "other.gguf"))
 
 
 def test_the_pad_token_is_never_the_end_token_where_another_exists_and_the_end_is_learned():
-    tokenizer = models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     row = encode.encode({"prompt": "The", "completion": " film"}, tokenizer, 50)
     assert row["labels"][-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
 @pytest.mark.parametrize("task", list(encode.TASKS))
 def test_the_end_of_an_answer_is_learned_once_in_every_task(task):
-    tokenizer = models.load_tokenizer(tiny_model())
+    tokenizer = load.load_tokenizer(tiny_model())
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -192,7 +193,7 @@ def test_the_end_of_an_answer_is_learned_once_in_every_task(task):
 
 def test_trl_would_turn_on_bfloat16_and_checkpointing_and_the_kit_does_not(tmp_path):
     p = sft_params(make_lake(tmp_path))
-    model = models.load_model(tiny_model(), dtype="float32")
+    model = load.load_model(tiny_model(), dtype="float32")
     args = SFTConfig(**trainer_arguments(resolve(p), model, tmp_path))
     assert (args.bf16, args.activation_checkpointing, args.report_to) == (False, False, [])
     stock = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
@@ -215,9 +216,9 @@ def test_the_adapter_of_a_quantised_base_is_trained_in_float32(tmp_path):
 
 def test_merging_a_qlora_adapter_into_the_plain_base_would_be_another_model(tmp_path):
     folder = adapter_folder(tmp_path / "a")
-    plain = models.load_model(tiny_model(), dtype="float32", adapters=[folder])
-    (folder / models.TUNED_ON).write_text('{"base_model": "tiny", "quantization": "nf4"}')
-    dequantised = models.load_model(tiny_model(), dtype="float32", adapters=[folder])
+    plain = load.load_model(tiny_model(), dtype="float32", adapters=[folder])
+    (folder / adapters.TUNED_ON).write_text('{"base_model": "tiny", "quantization": "nf4"}')
+    dequantised = load.load_model(tiny_model(), dtype="float32", adapters=[folder])
     ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         a, b = (m.eval()(input_ids=ids).logits for m in (plain, dequantised))
@@ -227,7 +228,7 @@ def test_merging_a_qlora_adapter_into_the_plain_base_would_be_another_model(tmp_
 
 def test_rotary_frequencies_stay_in_float32_whatever_the_weights_are(tmp_path):
     folder = adapter_folder(tmp_path / "a")
-    for adapters in ([], [folder]):
-        model = models.load_model(tiny_model(), dtype="bfloat16", adapters=adapters)
+    for folders in ([], [folder]):
+        model = load.load_model(tiny_model(), dtype="bfloat16", adapters=folders)
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

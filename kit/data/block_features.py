@@ -67,9 +67,6 @@ CLASS_WORDS = {
     "detail": "description|summary|detail|feature|spec|faq|accordion|tab",
     "title": "hero|title|headline|intro|lead|subtitle",
 }
-_GROUPS = {
-    stem.rstrip("$"): 1 << i for i, stems in enumerate(CLASS_WORDS.values()) for stem in stems.split("|")
-}
 _STOP = """the of and to in a is that for it as was with be by on not he his but at are this have or had from an they
     which you were all her she there would their we him been has when who will no more if out so said what up its
     about than into them can only other new some could time these two may then do first any my now such like our

@@ -9,6 +9,7 @@ the screen and into the model card, then a model trained on all pages is written
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -278,13 +279,17 @@ def write_scores(card: Path, table: str) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Command line: pairs of archive and gold, then `--out FOLDER` (by default where the kit looks for its model)."""
-    folder = blocks.MODEL.parent
-    if arguments[-2:-1] == ["--out"]:
-        folder, arguments = Path(arguments[-1]), arguments[:-2]
-    if not arguments or len(arguments) % 2:
-        raise SystemExit(__doc__)
-    pages = [p for warc, gold in zip(arguments[::2], arguments[1::2]) for p in load(warc, gold)]
+    """Train, write the model, cross-validate, write the scores; `arguments` are those of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.data.train_blocks", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("files", nargs="+", help="archive and gold, archive and gold, …")
+    parser.add_argument("--out", type=Path, default=blocks.MODEL.parent, help="folder of model and card")
+    asked = parser.parse_args(arguments)
+    if len(asked.files) % 2:
+        parser.error("every archive needs its gold file behind it")
+    folder, pairs = asked.out, zip(asked.files[::2], asked.files[1::2])
+    pages = [page for warc, gold in pairs for page in load(warc, gold)]
     print(f"{len(pages)} pages, {sum(len(p.label) for p in pages)} blocks", flush=True)
     size = len(save(pages, folder))
     print(f"model of {size} bytes in {folder}", flush=True)

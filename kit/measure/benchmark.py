@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import platform
 import re
 import tempfile
 import time
@@ -28,8 +27,10 @@ from kit.cost import usd_per_million
 from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
 from kit.params import BenchmarkTraining, FinetuneSft, ParamError, nearest
+from kit.reference import processor
 from kit.show import progress
-from kit.train import models, settings
+from kit.train import load, settings
+from kit.train.describe import with_layers
 from kit.train.flops import measured_peak, model_flops, naive_6n
 from kit.train.meter import PARTS
 from kit.train.methods import METHODS, adapter_config, base_quantization
@@ -64,7 +65,7 @@ def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
     starting, loading, the warm-up of `grid` (that of `runs` is inside). A cell that fails is a row with its error.
     Raises `ParamError` for a grid that names no parameter.
     """
-    threads, wanted = models.set_threads(p.threads), cells(p.grid)
+    threads, wanted = load.set_threads(p.threads), cells(p.grid)
     with lake.stage(p) as out:
         made = [out.read("60_finetune_sft"), out.read("70_align_dpo")]
         rows = run_cells(p, lake, made[0], wanted)
@@ -77,10 +78,10 @@ def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:
         table = flops_by_method(p, made[0].params["lora_r"])
         naive = table[0]["naive_6n_flops_per_token"]
         runs = [run_row(m, peaks[_ran_in(m)], naive, p.usd_per_hour) for m in made]
-        out.table("runs", pa.Table.from_pylist(runs), measured=True)
-        out.table("grid", pa.Table.from_pylist(rows, schema=GRID), measured=True)
-        out.table("gains", pa.Table.from_pylist(gains(rows, wanted), schema=GAINS), measured=True)
-        out.table("model_flops", pa.Table.from_pylist(table))
+        out.rows("runs", runs, measured=True)
+        out.rows("grid", rows, GRID, measured=True)
+        out.rows("gains", gains(rows, wanted), GAINS, measured=True)
+        out.rows("model_flops", table)
         metrics = {"peak_flops_per_s": peaks, "threads": threads, "peak_edge": p.peak_matmul, "runs": runs}
         failed, n = {error: errors.count(error) for error in errors}, len(made) + len(rows)
         counts = Counts(records_in=n, records_out=n - len(errors), failed=failed)
@@ -144,15 +145,11 @@ def run_cells(p: BenchmarkTraining, lake: Lake, tuned: Manifest, wanted: Sequenc
 
 def cut(p: BenchmarkTraining, folder: Path) -> str:
     """Write `p.base_model` with its first `grid_layers` layers alone: as wide, with the same words, only shallower."""
-    config = models.open_pretrained(AutoConfig, p.base_model, p.trust_remote_code)
-    text = config.get_text_config()
-    for key, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # what is said of each layer
-            setattr(text, key, value[: p.grid_layers])
-    text.num_hidden_layers = min(p.grid_layers, text.num_hidden_layers)
+    config = load.open_pretrained(AutoConfig, p.base_model, p.trust_remote_code)
+    config = with_layers(config, range(min(p.grid_layers, config.get_text_config().num_hidden_layers)))
     told = {"trust_remote_code": p.trust_remote_code, "config": config, "dtype": "auto"}
-    models.open_pretrained(AutoModelForCausalLM, p.base_model, **told).save_pretrained(folder)
-    models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code).save_pretrained(folder)
+    load.open_pretrained(AutoModelForCausalLM, p.base_model, **told).save_pretrained(folder)
+    load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code).save_pretrained(folder)
     return str(folder)
 
 
@@ -224,15 +221,14 @@ def gains(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> list[dic
 
 def machine() -> str:
     """The GPU of this machine, or its processor and the threads in use."""
-    info = Path("/proc/cpuinfo")
-    said = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    cpu = f"{said[1] if said else platform.machine()}, {torch.get_num_threads()} threads"
-    return gpu_name() if torch.cuda.is_available() else cpu
+    if torch.cuda.is_available():
+        return gpu_name()
+    return f"{processor()}, {torch.get_num_threads()} threads"
 
 
 def measured_bandwidth(megabytes: int = 256, tries: int = 6) -> float:
     """Bytes per second, read and written, of the fastest copy within this device's memory."""
-    source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=models.device())
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=load.device())
     target, took = torch.empty_like(source), []
     for _ in range(tries):
         began = time.perf_counter()
@@ -275,7 +271,7 @@ def flops_by_method(p: BenchmarkTraining, lora_r: int) -> list[dict[str, Any]]:
     rows = []
     for method in METHODS:
         tuning = FinetuneSft(base_model=p.base_model, method=method, lora_r=lora_r)
-        model = models.load_model(p.base_model, dtype=p.dtype, quantization=base_quantization(tuning))
+        model = load.load_model(p.base_model, dtype=p.dtype, quantization=base_quantization(tuning))
         naive = naive_6n(model)
         config = adapter_config(tuning)
         counted = model_flops(get_peft_model(model, config) if config else model)
@@ -293,6 +289,6 @@ def flops_by_method(p: BenchmarkTraining, lora_r: int) -> list[dict[str, Any]]:
             }
         )
         del model
-        models.release()
+        load.release()
     full = next(r["flops_per_token"] for r in rows if r["method"] == "full")
     return [{**row, "method_to_full": row["flops_per_token"] / full} for row in rows]

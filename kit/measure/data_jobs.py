@@ -122,9 +122,15 @@ def datatrove_way(archive: str, work: str, lid_model: str, fineweb: bool) -> dic
     mark("start")
     LocalPipelineExecutor(steps, tasks=1, workers=1, logging_dir=f"{work}/logs").run()
     mark("end")
-    stats = json.loads(Path(work, "logs", "stats.json").read_text(encoding="utf-8"))
-    told = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
-    read, kept = (t["total"] if isinstance(t, dict) else t for t in told)
+    return datatrove_counts(Path(work, "logs"))
+
+
+def datatrove_counts(logs: Path) -> dict[str, int]:
+    """What datatrove says that its first step read and its last one kept, in the folder of its logs."""
+    stats = json.loads((logs / "stats.json").read_text(encoding="utf-8"))
+    counts = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
+    # datatrove writes a number, or a dictionary where it knows more than the total
+    read, kept = (count["total"] if isinstance(count, dict) else count for count in counts)
     return {"units": read, "kept": kept}
 
 

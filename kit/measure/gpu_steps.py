@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
@@ -24,14 +24,17 @@ except ImportError:  # torch < 2.10: its row fails and says so
     varlen_attn = None
 
 from kit.train import settings
+from kit.train.adapters import low_rank
+from kit.train.batches import IGNORED, summed_loss
 from kit.train.flops import ModelFlops, model_flops
+from kit.train.quantise import quantise_in_place
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 KERNELS = [getattr(SDPBackend, f"{k}_ATTENTION") for k in ("CUDNN", "FLASH", "EFFICIENT")] + [SDPBackend.MATH]
 # heads of keys and values are fewer than those of queries; 2.11 takes that as it comes, later ones want to be told
 SHARED = {"enable_gqa": True} if "enable_gqa" in (getattr(varlen_attn, "__kwdefaults__", None) or {}) else {}
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+LORA = {"rank": 16, "alpha": 32}
 
 
 @dataclass(frozen=True)
@@ -97,23 +100,9 @@ def varlen(module: Any, query: Any, key: Any, value: Any, mask: Any, **kw: Any) 
 AttentionInterface.register("varlen", varlen)
 
 
-def quantize(model: torch.nn.Module) -> None:
-    """Replace the layers' matrices by NF4 ones, doubly quantised (Dettmers et al. 2023)."""
-    from bitsandbytes import nn
-
-    for name, old in list(model.named_modules()):
-        if isinstance(old, torch.nn.Linear) and name != "lm_head":
-            new = nn.Linear4bit(1, 1, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-            new.in_features, new.out_features = old.in_features, old.out_features
-            new.support_avx512bf16_for_cpu = False  # would repack weights in eval and never back
-            new.weight = nn.Params4bit(old.weight.data, False, quant_type="nf4", module=new).to(DEVICE)
-            model.set_submodule(name, new)
-    model.is_loaded_in_4bit = True  # what PEFT asks for
-
-
 def loss_sum(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Σ −log p(label) of some tokens; -100 has none."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
+    """Σ −log p(label) in nats of `hidden` [tokens, width], by the head's `weight` [vocabulary, width]."""
+    return summed_loss(F.linear(hidden, weight), labels)
 
 
 def backward(
@@ -127,7 +116,7 @@ def backward(
     for at in range(0, len(labels), chunk or len(labels)):
         end = at + (chunk or len(labels))
         with cast:
-            loss = piece(leaf[at:end], weight, labels[at:end]) / (labels != -100).sum()
+            loss = piece(leaf[at:end], weight, labels[at:end]) / (labels != IGNORED).sum()
         loss.backward()
         total += loss.detach()
     hidden.backward(leaf.grad)
@@ -143,9 +132,9 @@ def measure(case: Case, peak: float) -> dict[str, Any]:
     base = tuned = make_model(case.sizes, "float32" if full else "bfloat16")
     parameters = sum(p.numel() for p in base.parameters())
     if case.method == "qlora":
-        quantize(base)
+        quantise_in_place(base, "nf4_double", torch.bfloat16, DEVICE)
     if not full:
-        tuned = get_peft_model(base, LoraConfig(**LORA))
+        tuned = get_peft_model(base, low_rank(**LORA))
         base.enable_input_require_grads()  # the first layer like the others: one graph to compile
     trained = [p for p in tuned.parameters() if p.requires_grad]
     for p in trained:
@@ -179,8 +168,8 @@ def run_steps(
     cast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=full_or_wide)
     size, head, times = case.length // case.docs, base.get_output_embeddings().weight, []
     ids = torch.randint(1, base.config.vocab_size, (case.rows, case.length), device=DEVICE)
-    labels = F.pad(ids[:, 1:], (0, 1), value=-100)
-    labels[:, size - 1 :: size] = -100  # a document does not predict the next one
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
+    labels[:, size - 1 :: size] = IGNORED  # a document does not predict the next one
     batch: dict[str, Any] = {"position_ids": torch.arange(size, device=DEVICE).repeat(case.rows, case.docs)}
     if case.attention == "varlen":
         ends = torch.arange(0, ids.numel() + 1, size, device=DEVICE, dtype=torch.int32)

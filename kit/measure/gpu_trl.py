@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
 import trl
-from peft import LoraConfig
 from tokenizers import Tokenizer, models
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from kit.measure.gpu_steps import GPU, LORA, make_model, memory, sync
+from kit.measure.gpu_steps import GPU, LORA, loss_sum, make_model, memory, sync
 from kit.train import settings
+from kit.train.adapters import low_rank
+from kit.train.batches import collate_packed, predicted
 
 ROWS_A_STEP = 4
 """Packed rows; of padded ones TRL takes 8."""
+PAD = 0
 
 
 def epoch(
@@ -49,11 +51,11 @@ def epoch(
 
 
 class Timed(trl.SFTTrainer):
-    """Notes when each step begins, and its tokens; 0 is padding."""
+    """Notes when each step begins, and its tokens without padding."""
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """One forward and backward pass."""
-        self.times = [*getattr(self, "times", []), (sync(), int((inputs["input_ids"] != 0).sum()))]
+        self.times = [*getattr(self, "times", []), (sync(), int((inputs["input_ids"] != PAD).sum()))]
         return super().training_step(model, inputs, *args)
 
 
@@ -73,17 +75,9 @@ def build(
             "per_device_train_batch_size": ROWS_A_STEP,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
-
-    def packed(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        spans = [[*row["seq_lengths"], length - len(row["input_ids"])] for row in batch]
-        ids = torch.tensor(
-            [row["input_ids"] + [0] * span[-1] for row, span in zip(batch, spans, strict=True)]
-        )
-        places = torch.stack([torch.cat([torch.arange(n) for n in span]) for span in spans])
-        labels = ids.masked_fill((ids == 0) | (places == 0), -100)
-        return {"input_ids": ids, "labels": labels, "position_ids": places}
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    # all of one length: others would be compiled anew
+    packed = partial(collate_packed, pad=PAD, length=length)
+    words = Tokenizer(models.WordLevel({"<pad>": PAD, "<eos>": 1}, unk_token="<pad>"))
     quiet = {
         "save_strategy": "no",
         "report_to": "none",
@@ -99,7 +93,7 @@ def build(
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
         ),
-        peft_config=LoraConfig(**LORA),
+        peft_config=low_rank(**LORA),
     )
 
 
@@ -109,7 +103,7 @@ def mean_loss(model: torch.nn.Module, rows: list[list[int]]) -> float:
     total, device = 0.0, model.device
     with torch.autocast(device.type, torch.bfloat16, enabled=GPU):
         for ids in (torch.tensor([row], device=device) for row in rows):
-            hidden = model.model(ids, use_cache=False).last_hidden_state[0, :-1]
-            logits = torch.nn.functional.linear(hidden, model.get_output_embeddings().weight)
-            total += cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+            hidden = model.model(ids, use_cache=False).last_hidden_state
+            states, tokens = predicted(hidden, ids)
+            total += loss_sum(states, model.get_output_embeddings().weight, tokens).item()
     return total / sum(len(row) - 1 for row in rows)

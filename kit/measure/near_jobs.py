@@ -6,11 +6,11 @@ remove. text-dedup cannot share an environment with the others: it is measured w
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from pathlib import Path
 
+from kit.measure.data_jobs import datatrove_counts
 from kit.measure.process_tree import mark
 
 
@@ -101,10 +101,7 @@ def near_datatrove(corpus: str, work: str) -> dict[str, int]:
     for number, (steps, tasks) in enumerate(stages):
         LocalPipelineExecutor(steps, tasks=tasks, workers=1, logging_dir=f"{work}/logs{number}").run()
     mark("end")
-    stats = json.loads(Path(work, "logs3", "stats.json").read_text(encoding="utf-8"))
-    told = stats[0]["stats"].get("documents", 0), stats[-1]["stats"].get("total", 0)
-    units, kept = (t["total"] if isinstance(t, dict) else t for t in told)
-    return {"units": units, "kept": kept}
+    return datatrove_counts(Path(work, "logs3"))
 
 
 def near_rensa(corpus: str) -> dict[str, int]:

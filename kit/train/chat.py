@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
 
-from kit.train import models
+from kit.train import load
+from kit.train.describe import describe
+from kit.train.generate import for_readers, generate
 
 Turn = dict[str, str]  # {"role", "content"}
 BATCH, BEGUN, TOO_LONG = 8, "The better one is Text", "longer than the model reads"
@@ -41,9 +41,9 @@ class InProcess:
 
     def __init__(self, name: str, *, dtype: str, trust_remote_code: bool, seed: int) -> None:
         self.name, self.seed = name, seed
-        self.tokenizer = models.load_tokenizer(name, trust_remote_code=trust_remote_code)
-        self.model = models.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-        self.what_ran = models.describe(self.model)
+        self.tokenizer = load.load_tokenizer(name, trust_remote_code=trust_remote_code)
+        self.model = load.load_model(name, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        self.what_ran = describe(self.model)
         special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)))
         self.length = lambda text: len(self.tokenizer(text)["input_ids"])
@@ -74,7 +74,6 @@ class InProcess:
         said = "".join(f"{turn['role'].title()}: {turn['content']}\n\n" for turn in turns)
         return self.tokenizer(f"{said}Assistant: {begun}".rstrip())["input_ids"]
 
-    @torch.no_grad()
     def _run(
         self, role: str, ids: list[list[int]], tokens: int, temperature: float, bar: Any, letters: Any = ()
     ) -> list[Call]:
@@ -82,12 +81,9 @@ class InProcess:
         calls = [Call(role, self.name, self.tokenizer.decode(x), prompt_tokens=len(x)) for x in ids]
         self.calls += calls
         pad = self.tokenizer.pad_token_id
-        sampled = {"temperature": temperature, "top_p": 0.95} if temperature else {}
-        how = {"do_sample": temperature > 0, **sampled}
-        how |= {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": pad, "max_new_tokens": tokens}
-        how |= {"return_dict_in_generate": True, "output_logits": bool(letters)}
-        # a small model repeats itself without the penalty
-        config = GenerationConfig(repetition_penalty=1.0 if letters else 1.1, **how)
+        settings = for_readers(self.tokenizer, temperature)
+        if letters:  # a letter that the question names may be the answer: no penalty for that
+            settings["repetition_penalty"] = 1.0
         longest = getattr(self.model.config, "max_position_embeddings", None) or 2**31
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # like lengths together: less padding
         fits = [i for i in order if len(ids[i]) + tokens <= longest]
@@ -96,17 +92,17 @@ class InProcess:
         torch.manual_seed(self.seed)
         for start in range(0, len(fits), BATCH):
             batch, began = fits[start : start + BATCH], time.perf_counter()
-            rows = [torch.tensor(ids[i]) for i in batch]
-            text = pad_sequence(rows, True, pad, "left").to(self.model.device)
-            mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left").to(text.device)
-            out = self.model.generate(text, attention_mask=mask, generation_config=config)
+            prompts = [ids[i] for i in batch]
+            written = generate(
+                self.model, self.tokenizer, prompts, tokens, first_logits=bool(letters), **settings
+            )
             seconds = (time.perf_counter() - began) / len(batch)
             for n, i in enumerate(batch):
-                call, new = calls[i], out.sequences[n, text.shape[1] :]
+                call, new = calls[i], written.tokens[n]
                 call.reply = self.tokenizer.decode(new, skip_special_tokens=True).strip()
-                call.reply_tokens, call.seconds = int((new != pad).sum()), seconds
+                call.reply_tokens, call.seconds = len(new) - new.count(pad), seconds
                 if letters:
-                    a, b = out.logits[0][n, letters[i]].tolist()
+                    a, b = written.first_logits[n, letters[i]].tolist()
                     call.odds = a - b
                 bar.update()
         return calls

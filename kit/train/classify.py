@@ -6,20 +6,12 @@ and the consolidated model is what is scored on held-out rows.
 
 from __future__ import annotations
 
-import json
 import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -34,20 +26,21 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kit import ROOT
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ClassifySentiment, ParamError, nearest
-from kit.show import Progress, progress
-from kit.train import models, parallel
+from kit.show import progress
+from kit.train import load
 from kit.train.consolidate import consolidate
 from kit.train.flops import ModelFlops, model_flops
-from kit.train.models import ModelError
-from kit.train.parallel import Job, steps_of
+from kit.train.parallel import timed
+from kit.train.rank_job import CHECKPOINT, ROWS, START, Job, padded, save_rows, steps_of
+from kit.train.ranks import jobs, launch, require
 from kit.train.scaling import Links, Work, predict
+from kit.train.shipped import ModelError
+from kit.train.strategies import STRATEGIES
 
 LABELS = {0: "negative", 1: "positive"}
 """Ratings 1 and 2, and 3 to 5 (50 makes them)."""
-REFERENCE = ROOT / "data_samples" / "reference_runs" / "classify.json"
 
 
 def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
@@ -59,19 +52,19 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
     only, a number of ranks that does not divide what they share, and a rank that died.
     """
     for name in p.strategies:
-        if name not in parallel.STRATEGIES:
-            raise ParamError(f"parameter 'strategies': no '{name}'{nearest(name, parallel.STRATEGIES)}")
+        if name not in STRATEGIES:
+            raise ParamError(f"parameter 'strategies': no '{name}'{nearest(name, STRATEGIES)}")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-classify-") as temp:
         data, folder = out.read("50_build_datasets"), Path(temp)
         rows = lake.table(data, "train").to_pylist()
         train, held = labelled(rows, "train"), labelled(lake.table(data, "heldout").to_pylist(), "heldout")
-        tokenizer = models.open_pretrained(AutoTokenizer, p.encoder)
-        counted = begin(p, tokenizer, folder / parallel.START)
+        tokenizer = load.open_pretrained(AutoTokenizer, p.encoder)
+        counted = begin(p, tokenizer, folder / START)
         encoded = encode(tokenizer, [text for text, _ in train], p.max_tokens)
-        parallel.save_rows(folder / parallel.ROWS, encoded, [label for _, label in train])
+        save_rows(folder / ROWS, encoded, [label for _, label in train])
         steps = schedule(p, encoded)
         reached, lengths = {i for step in steps for i in step}, [[len(encoded[i]) for i in s] for s in steps]
-        config = AutoConfig.from_pretrained(folder / parallel.START)
+        config = AutoConfig.from_pretrained(folder / START)
         ways = {name: jobs(p, name) for name in ("one", *p.strategies)}
         for name, (job, ranks) in ways.items():
             require(name, job, ranks, config)
@@ -91,10 +84,8 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
                 abs(a - b) for a, b in zip(losses[m["strategy"]][: p.check_steps], losses["one"])
             )
         base = baseline(train, held)
-        out.table(
-            "strategies", pa.Table.from_pylist([{**m, "links": str(m["links"])} for m in made]), measured=True
-        )
-        out.table("ranks", pa.Table.from_pylist([_flat(r) for r in reports]), measured=True)
+        out.rows("strategies", [{**m, "links": str(m["links"])} for m in made], measured=True)
+        out.rows("ranks", [_flat(r) for r in reports], measured=True)
         out.table("losses", pa.Table.from_pydict(losses), measured=True)
         out.folder("model", folder / f"model-{([*ways][1:] or ['one'])[0]}")
         dropped = {
@@ -125,7 +116,7 @@ def begin(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that the head is new is known
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
-    model = models.open_pretrained(
+    model = load.open_pretrained(
         AutoModelForSequenceClassification, p.encoder, dtype=torch.float32, use_safetensors=True,
         num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, **none,
     )  # fmt: skip
@@ -143,18 +134,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens:
     return tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
 
 
-def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
-    """The job of one way, and on how many ranks."""
-    (fit,) = p.fits()
-    job = Job(
-        strategy=name, rows=fit.step_rows, accumulation=fit.accumulation,
-        tensor=p.tensor_ranks, steps=fit.steps, check_steps=p.check_steps,
-        learning_rate=fit.learning_rate, dtype=str(models.pick_dtype(p.dtype)).removeprefix("torch."),
-        threads=p.rank_threads, seed=p.seed, timeout_s=p.rank_timeout_s,
-    )  # fmt: skip
-    return job, {"one": 1, "tensor_data": p.tensor_ranks * p.data_ranks}.get(name, p.ranks)
-
-
 def schedule(p: ClassifySentiment, encoded: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of every step, as all ways see them; raises `ModelError` for fewer rows than a step takes."""
     (fit,) = p.fits()
@@ -165,86 +144,6 @@ def schedule(p: ClassifySentiment, encoded: Sequence[Sequence[int]]) -> list[lis
     return list(steps_of([len(ids) for ids in encoded], fit.step_rows, fit.steps, p.seed))
 
 
-def require(name: str, job: Job, ranks: int, config: PretrainedConfig) -> None:
-    """Raise `ModelError` when ranks cannot share what they are to share: heads, layers, rows of a pass."""
-    tensor = {"tensor": ranks, "tensor_data": job.tensor}.get(name, 1)
-    stages = ranks if name == "pipeline" else 1
-    data = 1 if name in ("one", "pipeline") else ranks // tensor
-    passes = job.accumulation * stages
-    wanted = (
-        ("attention heads", config.num_attention_heads, tensor),
-        ("inner width", config.intermediate_size, tensor),
-        ("layers", config.num_hidden_layers, stages),
-        ("rows of a pass", job.rows // passes, data),
-        ("rows of a step", job.rows, passes),
-    )
-    for what, many, parts in wanted:
-        if many % parts:
-            fits = [n for n in range(1, parts) if many % n == 0][-1]
-            raise ModelError(f"{name}: {many} {what} cannot be shared by {parts}; {fits} would do")
-    if name not in ("one", "ddp") and config.model_type != "bert":
-        raise ModelError(f"{name} knows how to cut a BERT, not a {config.model_type}: take ddp")
-    if torch.cuda.is_available() and ranks > torch.cuda.device_count():
-        raise ModelError(
-            f"{name} wants {ranks} GPUs and {torch.cuda.device_count()} are here: lower the ranks"
-        )
-
-
-def launch(folder: Path, job: Job, ranks: int, bar: Progress) -> list[dict[str, Any]]:
-    """Run `job` by `torchrun` on `ranks` processes here; what each of them reports. Raises `ModelError`."""
-    for old in (parallel.REPORT, *(f.name for f in folder.glob("rank-*.error"))):
-        (folder / old).unlink(missing_ok=True)
-    shutil.rmtree(folder / parallel.CHECKPOINT, ignore_errors=True)
-    (folder / parallel.JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        "--nproc-per-node", str(ranks), "-m", parallel.__name__, str(folder),
-    ]  # fmt: skip
-    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": paths}
-    log = folder / "torchrun.log"
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, text=True) as run,
-    ):
-        try:
-            for line in run.stdout:
-                if line.startswith("{"):
-                    said = json.loads(line)
-                    bar.update()
-                    bar.note(
-                        f"{job.strategy} on {ranks}: step {said['step']} of {said['of']}, loss {said['loss']:.3f}"
-                    )
-        except BaseException:
-            # torchrun gives every rank a session of its own
-            for process in (*psutil.Process(run.pid).children(recursive=True), run):
-                process.kill()
-            raise
-    if run.returncode and (folder / parallel.REPORT).exists():
-        bar.note(
-            f"{job.strategy}: done, but a rank ended badly afterwards ({cause(folder, log.read_text())})"
-        )
-    if not (folder / parallel.REPORT).exists():  # written when every rank has trained and saved
-        raise ModelError(
-            f"{job.strategy} on {ranks} ranks stopped: {cause(folder, log.read_text(errors='replace'))}"
-        )
-    return json.loads((folder / parallel.REPORT).read_text(encoding="utf-8"))
-
-
-def cause(folder: Path, log: str) -> str:
-    """Which rank failed first, and with what: the others' errors only say that it is gone."""
-    killed = re.findall(r"rank\s*: (\d+) .*?\n\s*exitcode\s*: -(\d+)", log)
-    killed = [(rank, number) for rank, number in killed if int(number) != signal.SIGTERM]
-    if killed:
-        sent = int(killed[0][1]) == signal.SIGKILL
-        why = "was killed, most likely for want of memory" if sent else "crashed"
-        return f"rank {killed[0][0]} {why} (signal {killed[0][1]})"
-    errors = sorted(folder.glob("rank-*.error"), key=lambda f: f.stat().st_mtime_ns)
-    if errors:
-        return f"{errors[0].stem.replace('-', ' ')}: {errors[0].read_text(encoding='utf-8').strip().splitlines()[-1]}"
-    return (log.strip().splitlines() or ["torchrun said nothing"])[-1]
-
-
 def score(
     p: ClassifySentiment,
     folder: Path,
@@ -253,9 +152,9 @@ def score(
     target: Path,
 ) -> float:
     """Consolidate the sharded checkpoint into `target`, load that, and return its accuracy on `held`."""
-    consolidate(folder / parallel.CHECKPOINT, target, 1000, folder / parallel.START)
+    consolidate(folder / CHECKPOINT, target, 1000, folder / START)
     model = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32)
-    model.to(models.device()).eval()
+    model.to(load.device()).eval()
     order, right = sorted(range(len(held)), key=lambda i: len(held[i][0])), 0
     for start in range(0, len(order), 32):
         taken = [held[i] for i in order[start : start + 32]]
@@ -282,10 +181,10 @@ def row(
 ) -> dict[str, Any]:
     """One way as one row; `steps`: the lengths in tokens of each one's rows. Times and FLOPs are of the same steps: all but warm-up and the one that was profiled."""
     seconds = report[0]["seconds"]
-    timed = parallel.timed(len(seconds))
-    tokens = sum(sum(steps[i]) for i in timed)
-    flops = sum(counted.total(steps[i]) for i in timed)
-    spent, peak = sum(seconds[i] for i in timed), sum(r["peak_flops_per_s"] for r in report)
+    counted_steps = timed(len(seconds))
+    tokens = sum(sum(steps[i]) for i in counted_steps)
+    flops = sum(counted.total(steps[i]) for i in counted_steps)
+    spent, peak = sum(seconds[i] for i in counted_steps), sum(r["peak_flops_per_s"] for r in report)
     return {
         "strategy": name,
         "ranks": len(report),
@@ -294,7 +193,7 @@ def row(
         "device": report[0]["name"],
         "accuracy": accuracy,
         "seconds": spent,
-        "step_seconds": spent / len(timed),
+        "step_seconds": spent / len(counted_steps),
         "tokens_per_s": tokens / spent,
         "mfu": flops / spent / peak,
         "communication": sum(r["communication"] for r in report) / len(report),
@@ -320,7 +219,7 @@ def predicted(
     job, ranks = way
     if ranks == 1:
         return 1.0
-    longest = [parallel.padded(max(step)) for step in steps]
+    longest = [padded(max(step)) for step in steps]
     work = Work(
         parameters=one["parameters_a_rank"], trained=one["parameters_a_rank"], layers=config.num_hidden_layers,
         heads=config.num_attention_heads, hidden=config.hidden_size, tokens=sum(map(sum, steps)) / len(steps),
@@ -360,11 +259,6 @@ def baseline(train: Sequence[tuple[str, int]], held: Sequence[tuple[str, int]]) 
     )
     model.fit(*zip(*train))
     return float(model.score(*zip(*held)))
-
-
-def reference() -> dict[str, Any]:
-    """The reference run on real reviews that ships: `machine`, `date`, `commit`, `command`, `strategies` and accuracies."""
-    return json.loads(REFERENCE.read_text(encoding="utf-8"))
 
 
 def majority(rows: Sequence[tuple[str, int]]) -> float:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kit.train.loop import no_space
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 INDEX = "model.safetensors.index.json"
 ALLOWED = re.compile(

@@ -17,20 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa
 import torch
-from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
-from kit.train import models
-from kit.train.encode import IGNORED, Rows, padded, prepare
+from kit.train import adapters, load
+from kit.train.batches import IGNORED, padded, predicted, summed_loss
+from kit.train.describe import describe, with_layers
+from kit.train.encode import Rows, prepare
+from kit.train.generate import generate
 from kit.train.loop import quiet, run
 from kit.train.meter import Metered, steps_table
-from kit.train.models import ModelError
 from kit.train.setup import resolve, trainer_arguments
+from kit.train.shipped import ModelError
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: a test holds its formula
     from trl.experimental.gkd import GKDTrainer
@@ -48,7 +49,7 @@ def distill(p: Distill, lake: Lake) -> Manifest:
     Metrics: the same with speeds (`models`), runs, `best`. Counts: train rows in; out those trained on. Raises
     `ModelError` for another vocabulary, too many layers, scaled logits, nothing to learn from. One process only.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-distill-") as temp:
         data = out.read("50_build_datasets")
         teacher, start, tokenizer = load_pair(p, lake, out)
@@ -64,14 +65,14 @@ def distill(p: Distill, lake: Lake) -> Manifest:
                 runs[name] = run(trainer, f"distill {name}")
                 steps += [{"student": name, **row} for row in steps_table(trainer).to_pylist()]
             # what is judged is what is kept: weights as they lie on the disk
-            rows.append({"model": name, **judged(models.cast(model, teacher.dtype), teacher, judge)})
+            rows.append({"model": name, **judged(load.cast(model, teacher.dtype), teacher, judge)})
             if name in WAYS and rows[-1]["loss"] == min(r["loss"] for r in rows[2:]):
                 best = name
-                models.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
+                adapters.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
         tokenizer.save_pretrained(Path(temp, "model"))
         out.folder("model", Path(temp, "model"))
-        out.table("students", pa.Table.from_pylist(rows))
-        out.table("steps", pa.Table.from_pylist(steps), measured=True)
+        out.rows("students", rows)
+        out.rows("steps", steps, measured=True)
         speeds = [writing_speed(m, tokenizer, held.rows[:4], p.distill_tokens) for m in (teacher, model)]
         for row in rows:  # students differ in their weights, not in what a token costs
             row["write_tokens_per_s"] = speeds[row["model"] != "teacher"]
@@ -83,14 +84,14 @@ def distill(p: Distill, lake: Lake) -> Manifest:
 def load_pair(p: Distill, lake: Lake, out: StageWriter) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
     """Teacher, untrained student (float32), and their tokenizer; raises `ModelError` where they share none."""
     name = p.base_model if p.teacher in ("tuned", "base") else p.teacher
-    adapters = [lake.local_folder(out.read("60_finetune_sft"), "model")] if p.teacher == "tuned" else []
+    folders = [lake.local_folder(out.read("60_finetune_sft"), "model")] if p.teacher == "tuned" else []
     trust = {"trust_remote_code": p.trust_remote_code}
-    teacher = models.load_model(name, dtype=p.dtype, adapters=adapters, **trust).requires_grad_(False)
+    teacher = load.load_model(name, dtype=p.dtype, adapters=folders, **trust).requires_grad_(False)
     if hasattr(teacher, "peft_config"):
         raise ModelError("60 learned a prompt, which cannot be merged and so not be taught: teacher=base")
-    given = p.student and models.load_model(p.student, dtype="float32", **trust)
+    given = p.student and load.load_model(p.student, dtype="float32", **trust)
     student = given or thin(teacher, p.student_layers)
-    tokenizers = [models.load_tokenizer(n, **trust) for n in (name, p.student or name)]
+    tokenizers = [load.load_tokenizer(n, **trust) for n in (name, p.student or name)]
     heads = [m.get_output_embeddings() for m in (teacher, student)]
     words = [(t.get_vocab(), len(h.weight)) for t, h in zip(tokenizers, heads, strict=True)]
     if words[0] != words[1]:
@@ -109,14 +110,12 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     DistilBERT's start (Sanh et al. 2019, section 3). Embeddings and head stay the teacher's and are not trained: they
     fit already, and are the costliest matrix. Raises `ModelError` for more layers than there are.
     """
-    config, had = copy.deepcopy(model.config), model.config.num_hidden_layers
+    had = model.config.num_hidden_layers
     if layers > had:
         raise ModelError(f"student_layers={layers}: the teacher has only {had}")
     kept = [round(i * (had - 1) / max(1, layers - 1)) for i in range(layers)]
-    for key, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == had:  # what a config says of each layer
-            setattr(config, key, [value[i] for i in kept])
-    config.num_hidden_layers, config.dtype, weights = layers, torch.float32, {}
+    config, weights = with_layers(model.config, kept), {}
+    config.dtype = torch.float32
     for key, value in model.state_dict().items():
         at = re.search(r"(?<=\.)\d+(?=\.)", key)  # the first number in a name is the layer's
         if at is None or int(at[0]) in kept:
@@ -131,8 +130,7 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 def scored(model: PreTrainedModel, ids: Any, mask: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, width] before every token that counts, and these tokens [n]; prompts do not count."""
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    keep = labels[:, 1:] != IGNORED
-    return hidden[:, :-1][keep], labels[:, 1:][keep]
+    return predicted(hidden, labels)
 
 
 def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 0) -> torch.Tensor:
@@ -144,7 +142,7 @@ def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 
     student, apart = student.float(), torch.zeros((), device=student.device)
     if teacher is not None:
         apart = t**2 * GKDTrainer.generalized_jsd_loss(student, teacher.float(), None, beta, t, "sum")
-    return torch.stack([F.cross_entropy(student, labels, reduction="sum"), apart])
+    return torch.stack([summed_loss(student, labels), apart])
 
 
 class DistillTrainer(Metered, SFTTrainer):
@@ -156,8 +154,9 @@ class DistillTrainer(Metered, SFTTrainer):
             rows = [inputs[name].tolist() for name in ("input_ids", "labels")]
             with torch.random.fork_rng(), self.accelerator.autocast():  # the order of rows must not change
                 torch.manual_seed(self.p.seed * 1_000_003 + self.state.global_step)
-                how = {"do_sample": True, "top_k": 0, "max_new_tokens": self.p.distill_tokens}
-                inputs = self.data_collator(write(self.model, self.processing_class, *rows, **how))
+                how = {"do_sample": True, "top_k": 0}
+                tokens = self.p.distill_tokens
+                inputs = self.data_collator(write(self.model, self.processing_class, *rows, tokens, **how))
         return super().training_step(model, inputs, *args)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
@@ -205,25 +204,26 @@ def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, trai
     return trainer
 
 
-@torch.no_grad()
-def write(model: Any, tokenizer: Any, ids: list, labels: list, **how: Any) -> list[dict[str, list]]:
-    """The prompts of encoded rows with what `model` writes after them, as such rows again; in one batch."""
+def write(
+    model: Any, tokenizer: Any, ids: list, labels: list, tokens: int, **how: Any
+) -> list[dict[str, list]]:
+    """The prompts of encoded rows with what `model` writes after them, as such rows again; in one batch.
+
+    `tokens` at most each, up to the end token where it comes; `how`: see `kit.train.generate`.
+    """
     firsts = (next(i for i, label in enumerate(row) if label != IGNORED) for row in labels)
     given = [row[: max(1, first)] for row, first in zip(ids, firsts, strict=True)]
-    batch = tokenizer.pad({"input_ids": given}, padding_side="left", return_tensors="pt").to(model.device)
-    end, was_training = tokenizer.eos_token_id, model.training
-    settings = GenerationConfig(pad_token_id=tokenizer.pad_token_id, eos_token_id=end, **how)
-    made = model.eval().generate(**batch, generation_config=settings).tolist()
-    model.train(was_training)
-    made = [row[batch["input_ids"].shape[1] :] for row in made]
-    pairs = zip(given, (row[: row.index(end) + 1] if end in row else row for row in made), strict=True)
+    end = tokenizer.eos_token_id
+    written = generate(model, tokenizer, given, tokens, eos_token_id=end, **how).tokens
+    answers = (row[: row.index(end) + 1] if end in row else row for row in written)
+    pairs = zip(given, answers, strict=True)
     return [{"input_ids": q + a, "labels": [IGNORED] * len(q) + a} for q, a in pairs]
 
 
 def writing_speed(model: PreTrainedModel, tokenizer: Any, rows: list[dict], tokens: int) -> float:
     """Tokens/s of greedy generation, `tokens` after the prompt of each row, in one batch; measured."""
     ids, labels, began = [r["input_ids"] for r in rows], [r["labels"] for r in rows], time.perf_counter()
-    write(model, tokenizer, ids, labels, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+    write(model, tokenizer, ids, labels, tokens, do_sample=False, min_new_tokens=tokens)
     return round(len(rows) * tokens / (time.perf_counter() - began), 1)
 
 
@@ -247,5 +247,5 @@ def judged(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) -> dict[
             total += torch.stack([*losses(a, b, said), same, torch.tensor(len(said))]).double().cpu()
     loss, apart, same = (total[:3] / total[3]).tolist()
     size = sum(w.numel() * w.element_size() for w in model.parameters()) / 1e6
-    about = {"parameters": models.describe(model)["parameters"], "mb": round(size, 1)}
+    about = {"parameters": describe(model)["parameters"], "mb": round(size, 1)}
     return {**about, "perplexity": math.exp(min(loss, 700.0)), "loss": loss, "kl": apart, "agreement": same}

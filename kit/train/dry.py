@@ -7,10 +7,9 @@ layer's share taken times the layers. So it holds for any architecture of like l
 
 from __future__ import annotations
 
-import copy
+import argparse
 import functools
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from kit import resolve
 from kit.params import Tuning
-from kit.train import models, shipped
+from kit.train import load, shipped
+from kit.train.describe import with_layers
 from kit.train.flops import ModelFlops, deeper, model_flops, virtual_tokens
 from kit.train.methods import adapter_config
+from kit.train.quantise import quantisable
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 FACTS: dict[str, dict[str, Any]] = {
@@ -44,7 +45,7 @@ def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     short = re.sub(r"^.*/(Meta-)?|(-Instruct|-chat)?(-hf)?$", "", name)
     if short in FACTS and not Path(resolve(name)).is_dir():
         return AutoConfig.for_model(**FACTS[short])
-    return models.open_pretrained(AutoConfig, name, trust_remote_code)
+    return load.open_pretrained(AutoConfig, name, trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def look(
     (one, model, shallow), (two, _, deep) = (_counted(config, layers, p, dtype, mixed) for layers in (1, 2))
     text, layer = config.get_text_config(), two - one
     linear, other, trained, saved, token = (one + layer * (text.num_hidden_layers - 1)).tolist()
-    inner = _linear(model)
+    inner = quantisable(model).values()
     return Seen(
         linear, other, trained, saved, token, layer[3], layer[4],
         deeper(shallow, deep, text.num_hidden_layers), text.num_hidden_layers, text.hidden_size, text.vocab_size,
@@ -86,26 +87,15 @@ def look(
     )  # fmt: skip
 
 
-def _linear(model: nn.Module) -> list[nn.Linear]:
-    """The layers that bitsandbytes quantises: all linear ones but the head and what PEFT adds."""
-    head = model.get_output_embeddings()
-    return [
-        m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and "lora_" not in n
-    ]
-
-
 def _counted(
     config: PretrainedConfig, layers: int, p: Tuning, dtype: torch.dtype, mixed: bool
 ) -> tuple[np.ndarray, nn.Module, ModelFlops]:
     """Weights and bytes saved, the model cut to `layers`, and its FLOPs."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    had = config.get_text_config().num_hidden_layers
+    config = with_layers(config, [min(i, had - 1) for i in range(layers)])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=p.trust_remote_code)
-        quantisable = sum(m.weight.numel() for m in _linear(model))
+        linear = sum(m.weight.numel() for m in quantisable(model).values())
         total = sum(w.numel() for w in model.parameters())
         adapter = adapter_config(p)
         model = get_peft_model(model, adapter) if adapter else model
@@ -115,7 +105,7 @@ def _counted(
         flops = model_flops(model)
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     token = (many - few) / 32
-    return np.array([quantisable, total - quantisable, trained, few - 32 * token, token]), model, flops
+    return np.array([linear, total - linear, trained, few - 32 * token, token]), model, flops
 
 
 def _without_data(model: nn.Module) -> None:
@@ -153,12 +143,23 @@ def random_model(name: str, folder: str) -> Path:
     The tokenizer is the shipped model's, whose entries are fewer. Needs the weights' size in memory and on disk.
     """
     torch.manual_seed(0)
-    with models.device():
+    with load.device():
         model = AutoModelForCausalLM.from_config(read_config(name), dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    models.load_tokenizer(shipped.SHIPPED).save_pretrained(folder)
+    load.load_tokenizer(shipped.SHIPPED).save_pretrained(folder)
     return Path(folder)
 
 
+def main(words: list[str] | None = None) -> None:
+    """What `python -m kit.train.dry` does with these words."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kit.train.dry", description="Write a model with random weights."
+    )
+    parser.add_argument("name", help="a model whose shape it has, such as Llama-3-8B")
+    parser.add_argument("folder", help="where it is written")
+    asked = parser.parse_args(words)
+    print(random_model(asked.name, asked.folder))
+
+
 if __name__ == "__main__":
-    print(random_model(sys.argv[1], sys.argv[2]))
+    main()

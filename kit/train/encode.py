@@ -12,10 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kit.lake import Counts
+from kit.train.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.shipped import ModelError
-
-IGNORED = -100
-"""Label of a token that the loss leaves out: prompt and padding (the value torch and TRL use)."""
 
 
 @dataclass
@@ -156,50 +154,15 @@ def perplexity(
     total, tokens = 0.0, 0
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))  # like lengths together: less padding
     for start in range(0, len(ordered), batch):
-        ids, mask, labels = padded(ordered[start : start + batch], tokenizer.pad_token_id)
         where = next(model.parameters()).device
-        logits = model(input_ids=ids.to(where), attention_mask=mask.to(where), use_cache=False).logits
-        logits = logits[:, -ids.shape[1] :]  # a learned prompt stands before the text
-        keep = labels[:, 1:] != IGNORED
-        # only scored positions are widened to float32: the vocabulary is large
-        scored = logits[:, :-1][keep.to(where)].float()
-        total += torch.nn.functional.cross_entropy(
-            scored, labels[:, 1:][keep].to(where), reduction="sum"
-        ).item()
-        tokens += int(keep.sum())
+        tensors = padded(ordered[start : start + batch], tokenizer.pad_token_id)
+        ids, mask, labels = (tensor.to(where) for tensor in tensors)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        # a learned prompt stands before the text
+        scored, said = predicted(logits[:, -ids.shape[1] :], labels)
+        total += summed_loss(scored, said).item()
+        tokens += len(said)
     model.train(was_training)
     if not tokens:
         raise ModelError("no token to score: the held-out rows are empty, or their prompts fill max_tokens")
     return math.exp(min(total / tokens, 700.0)), tokens
-
-
-def padded(rows: Sequence[dict[str, list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Encoded rows as tensors [rows, longest]: ids, attention mask, labels; padded on the right."""
-    longest = max(len(r["input_ids"]) for r in rows)
-    gaps = [longest - len(r["input_ids"]) for r in rows]
-    ids = torch.tensor([r["input_ids"] + [pad] * gap for r, gap in zip(rows, gaps, strict=True)])
-    labels = torch.tensor([r["labels"] + [IGNORED] * gap for r, gap in zip(rows, gaps, strict=True)])
-    mask = torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps])
-    return ids, mask, labels
-
-
-def collate_packed(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
-    """Packed rows (`seq_lengths`: the documents in each) as tensors [rows, longest]: ids, labels, positions.
-
-    Positions begin anew with each document and there is no attention mask: that is how transformers knows where one
-    ends. A row stays a row; TRL's own collator strings a batch into one, whose attention mask is quadratic in all of
-    it where no flash kernel runs. A document's first token, and padding, is not predicted.
-    """
-    ids, _, labels = padded(rows, pad)
-    positions = torch.zeros_like(ids)
-    for row, packed in zip(positions, rows, strict=True):
-        row[: len(packed["input_ids"])] = torch.cat([torch.arange(n) for n in packed["seq_lengths"]])
-    labels[positions == 0] = IGNORED
-    return {"input_ids": ids, "labels": labels, "position_ids": positions}
-
-
-def packed_lengths(positions: torch.Tensor) -> torch.Tensor:
-    """Lengths of the documents in `collate_packed`'s rows; a document has two tokens at least, padding none."""
-    ends = torch.nn.functional.pad(positions[:, 1:], (0, 1)) == 0
-    lengths = positions[ends] + 1
-    return lengths[lengths > 1]

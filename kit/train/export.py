@@ -12,10 +12,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -24,12 +24,14 @@ from transformers.utils.import_utils import is_serve_available
 from kit import show
 from kit.lake import Lake, Manifest, code_identity, environment, losses
 from kit.params import MergeAndExport
-from kit.train import models, shipped
+from kit.train import adapters, load, shipped
+from kit.train.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.consolidate import explained, open_sharded
-from kit.train.encode import IGNORED, prepare
+from kit.train.encode import prepare
+from kit.train.generate import generate
 from kit.train.meter import peak_memory
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 CHAIN = {"60_finetune_sft": ("60_finetune_sft",), "70_align_dpo": ("60_finetune_sft", "70_align_dpo")}
 LIMIT = {"none": 1e-3, "nf4": 1e-2, "nf4_double": 1e-2, "int8": 0.1}
@@ -43,41 +45,35 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
     held-out rows. Raises `ModelError` for what cannot merge, a merge or file that changes the model, a server that
     does not answer, and a full disk.
     """
-    models.set_threads(p.threads)
-    load = functools.partial(models.load_model, p.base_model, trust_remote_code=p.trust_remote_code)
+    load.set_threads(p.threads)
+    open_base = functools.partial(load.load_model, p.base_model, trust_remote_code=p.trust_remote_code)
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-export-") as temp:
         folder, tuned = Path(temp, "model"), [out.read(stage) for stage in CHAIN[p.export_from]]
-        for stage, method in ((m.stage, m.params.get("method", "lora")) for m in tuned):
-            if not METHODS[method].merges:
-                raise ModelError(
-                    f"{stage} learned with method={method} what no weight can hold: use method=lora"
-                )
-        adapters = [lake.local_folder(m, "model") for m in tuned]
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        require_mergeable(tuned)
+        adapter_folders = [lake.local_folder(m, "model") for m in tuned]
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         heldout = lake.table(out.read("50_build_datasets"), "heldout").to_pylist()
         rows = prepare(heldout, tokenizer, p.max_tokens, tuned[0].params.get("task", "completion"))
         rows.require("heldout")
         with peak_memory() as peak, show.progress(6, "export", "steps") as bar:
             probe = Probe(rows.rows[: p.export_rows], tokenizer, p.export_tokens, bar)
-            kind = models.tuned_on(adapters[-1])["quantization"]
-            probe.look(
-                "attached",
-                attached(load, adapters, kind, tuned[-1].metrics["what_ran"].get("computes_in", "float32")),
-            )
-            probe.look("base", load(dtype="float32"), answer=True)
-            model = load(dtype="float32", adapters=adapters)
+            kind = adapters.tuned_on(adapter_folders[-1])["quantization"]
+            trained_in = tuned[-1].metrics["what_ran"].get("computes_in", "float32")
+            probe.look("attached", attached(open_base, adapter_folders, kind, trained_in))
+            probe.look("base", open_base(dtype="float32"), answer=True)
+            model = open_base(dtype="float32", adapters=adapter_folders)
             drift = probe.look("merged", model, answer=True)
             if not drift < LIMIT[kind]:
                 raise ModelError(
                     f"the merge changes the logits by {drift:.2g} (limit {LIMIT[kind]}, base in {kind})"
                 )
-            probe.look("cast", models.cast(model, getattr(torch, p.export_dtype)))
+            probe.look("cast", load.cast(model, getattr(torch, p.export_dtype)))
             with explained("the merged model cannot be saved"):
                 model.save_pretrained(folder, max_shard_size=f"{p.export_shard_mb}MB")
                 tokenizer.save_pretrained(folder)
             verify(folder, model)
             model = None  # room for the next one
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=p.export_dtype).to(models.device())
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=p.export_dtype).to(load.device())
             probe.look("reloaded", model, answer=True)
             question = tokenizer.decode(probe.prompts[0])
             expected = probe.greedy(model, [tokenizer(question)["input_ids"]])[0]
@@ -89,26 +85,34 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         out.folder("model", folder)
         shards = [{"file": f.name, "mb": f.stat().st_size / 1e6} for f in sorted(folder.iterdir())]
         for name, table in (("drift", probe.steps), ("answers", probe.answers()), ("shards", shards)):
-            out.table(name, pa.Table.from_pylist(table))
+            out.rows(name, table)
         # the card names this commit and these versions: no part of what the model is
         out.bytes("model/README.md", card(p, lake, probe.steps).encode(), measured=True)
         metrics = {"served": served, "peak_rss_mb": peak["mb"]}
         return out.commit(rows.counts(p.export_rows, 1, "export_rows"), metrics)
 
 
-def attached(load: Any, adapters: list[str], kind: str, trained_in: str) -> torch.nn.Module:
+def require_mergeable(tuned: Sequence[Manifest]) -> None:
+    """Raise `ModelError` for a stage that learned a prompt or a prefix: no weight can hold it."""
+    for stage, method in ((m.stage, m.params.get("method", "lora")) for m in tuned):
+        if not METHODS[method].merges:
+            raise ModelError(f"{stage} learned with method={method} what no weight can hold: use method=lora")
+
+
+def attached(open_base: Any, folders: list[str], kind: str, trained_in: str) -> torch.nn.Module:
     """What was trained: the last adapter beside its base, quantised from weights in `trained_in` if it was then.
 
     In float32 arithmetic, or rounding would hide what a merge changes. After method full: the weights themselves.
     """
-    if not Path(adapters[-1], "adapter_config.json").exists():
-        return load(dtype="float32", adapters=adapters)
-    model = load(dtype="float32" if kind == "none" else trained_in, adapters=adapters[:-1], quantization=kind)
+    if not Path(folders[-1], "adapter_config.json").exists():
+        return open_base(dtype="float32", adapters=folders)
+    dtype = "float32" if kind == "none" else trained_in
+    model = open_base(dtype=dtype, adapters=folders[:-1], quantization=kind)
     for module in (m for m in model.modules() if hasattr(m, "compute_dtype")):
         module.compute_dtype = torch.float32
     for weight in (w for w in model.parameters() if w.is_floating_point()):
         weight.data = weight.data.float()
-    return PeftModel.from_pretrained(model, adapters[-1])
+    return PeftModel.from_pretrained(model, folders[-1])
 
 
 def verify(folder: Path, model: torch.nn.Module) -> None:
@@ -135,19 +139,19 @@ class Probe:
     @torch.no_grad()
     def look(self, step: str, model: torch.nn.Module, answer: bool = False) -> float:
         """Relative L2 change of the scored logits against the first model's; with `answer`, answers are kept."""
-        scored = torch.tensor([x for r in self.rows for x in r["labels"][1:] if x != IGNORED])
-        logits = []
-        for row in self.rows:
-            ids, keep = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"][1:]) != IGNORED
-            made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
-            logits.append(made.cpu()[keep].float())
-        found = torch.cat(logits)
-        self.first = self.first if self.steps else found
+        scored = []
+        for row in self.rows:  # one at a time, without padding: nothing but the weights can make a difference
+            ids, _, labels = padded([row], self.tokenizer.pad_token_id)
+            made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
+            scored.append(predicted(made.cpu(), labels))
+        logits = torch.cat([before.float() for before, _ in scored])
+        tokens = torch.cat([said for _, said in scored])
+        self.first = self.first if self.steps else logits
         told = {
-            "relative": (found - self.first).norm() / self.first.norm(),
-            "largest": (found - self.first).abs().max(),
-            "same_top_token": (found.argmax(-1) == self.first.argmax(-1)).float().mean(),
-            "perplexity": torch.nn.functional.cross_entropy(found, scored).exp(),
+            "relative": (logits - self.first).norm() / self.first.norm(),
+            "largest": (logits - self.first).abs().max(),
+            "same_top_token": (logits.argmax(-1) == self.first.argmax(-1)).float().mean(),
+            "perplexity": (summed_loss(logits, tokens) / len(tokens)).exp(),
         }
         self.steps.append({"step": step, **{name: value.item() for name, value in told.items()}})
         if answer:
@@ -156,10 +160,8 @@ class Probe:
         return self.steps[-1]["relative"]
 
     def greedy(self, model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
-        """The likeliest answers, as one batch."""
-        batch = self.tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-        how = {"max_new_tokens": self.tokens, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
-        return model.generate(**batch.to(model.device), **how)[:, batch["input_ids"].shape[1] :].tolist()
+        """The likeliest answers, as one batch; they end where the model's own settings say, as when it is served."""
+        return generate(model, self.tokenizer, prompts, self.tokens, do_sample=False).tokens
 
     def answers(self) -> list[dict[str, Any]]:
         """Answers beside the truth; `same_tokens`: share of the reloaded model's tokens that the merged one gives."""
@@ -195,7 +197,7 @@ def serve(folder: Path, question: str, tokens: int, wait_s: float = 300) -> dict
         "--port",
         str(port),
     ]
-    command += ["--host", "127.0.0.1", "--device", str(models.device())]
+    command += ["--host", "127.0.0.1", "--device", str(load.device())]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     body = json.dumps({"model": folder.name, "prompt": question, "max_tokens": tokens, "temperature": 0})
     began, reply = time.perf_counter(), {}

@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from kit import show
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ConstitutionalFeedback, ParamError
-from kit.train import models
+from kit.train import load
 from kit.train.chat import InProcess, Turn
 from kit.train.encode import SECTION
 from kit.train.endpoint import Endpoint
+from kit.train.shipped import ModelError
 
 UNDECIDED = 0.001  # so near to a half is no judgement: logits of a bfloat16 model are often just equal
 JUDGEMENT_TURNS, NOT_DECIDED = "judgement depends on the order", "judged undecided"
@@ -108,7 +109,7 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
         if p.endpoint:
             asked = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_from, p.endpoint_timeout_s)
         else:
-            models.set_threads(p.threads)
+            load.set_threads(p.threads)
             asked = InProcess(p.base_model, dtype=p.dtype, trust_remote_code=p.trust_remote_code, seed=p.seed)
         calls = prompts + len(found) * (6 if asked.gives_odds else 4)
         with show.progress(calls, "feedback", "calls") as bar:
@@ -121,9 +122,9 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
             _drop(asked, found, p.max_tokens)
             _judge(asked, found, bar)
         pairs = [pair(case) for case in _going(found)]
-        out.table("preferences", pa.Table.from_pylist(pairs, PAIR))
-        out.table("judgements", pa.Table.from_pylist([judgement(case) for case in found]))
-        out.table("calls", pa.Table.from_pylist([asdict(call) for call in asked.calls]), measured=True)
+        out.rows("preferences", pairs, PAIR)
+        out.rows("judgements", [judgement(case) for case in found])
+        out.rows("calls", [asdict(call) for call in asked.calls], measured=True)
         counts = {"records_in": prompts, "created": len(found) - prompts, "records_out": len(pairs)}
         counts |= {"dropped": Counter(c.lost for c in found if c.lost)}
         counts |= {"failed": Counter(c.error for c in found if c.error)}
@@ -134,7 +135,7 @@ def cases(rows: list[dict], principles: list[Principle], each: int, p: Constitut
     """`each` cases for each of the first `feedback_prompts` prompts; principles take turns, shuffled."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if (row["prompt"] or "").strip()))
     if not prompts:
-        raise models.ModelError("no train row of 50_build_datasets has a prompt: there is nothing to answer")
+        raise ModelError("no train row of 50_build_datasets has a prompt: there is nothing to answer")
     order = Random(p.seed).sample(principles, len(principles))
     asked = [prompt for prompt in prompts[: p.feedback_prompts] for _ in range(each)]
     return [Case(prompt, order[i % len(order)]) for i, prompt in enumerate(asked)]

@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 
 from kit import ROOT, show
 from kit.lake import Lake, StageWriter, code_identity
-from kit.train import models, settings
+from kit.train import settings
+from kit.train.describe import computes_in, describe
 from kit.train.flops import model_flops, peak_of
 from kit.train.machine import machine_peak
 from kit.train.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
     return measured(trainer, peak_rate) | {
         "peak_rss_mb": peak["mb"],
         "resumed_at": done,
-        "trainable": models.describe(trainer.model)["trainable"],
+        "trainable": describe(trainer.model)["trainable"],
         "what_ran": what_ran(trainer),
     }
 
@@ -130,7 +131,7 @@ def no_space(error: BaseException) -> bool:
 
 def ran_in(trainer: Any) -> str:
     """The type that the matmuls compute in: autocast's where it is on."""
-    return "bfloat16" if trainer.args.bf16 else models.computes_in(trainer.model)
+    return "bfloat16" if trainer.args.bf16 else computes_in(trainer.model)
 
 
 def datasheet_peak(dtype: str) -> float | None:
@@ -141,7 +142,7 @@ def datasheet_peak(dtype: str) -> float | None:
 def what_ran(trainer: Any) -> dict[str, Any]:
     """What a person would otherwise have to believe."""
     return {
-        **models.describe(trainer.model),
+        **describe(trainer.model),
         "computes_in": ran_in(trainer),
         "optimizer": optimizer_name(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
         "trainer": next(c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")),

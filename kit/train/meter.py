@@ -18,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from kit import show
-from kit.train import models
-from kit.train.encode import packed_lengths
+from kit.train import adapters
+from kit.train.batches import packed_lengths
 from kit.train.flops import ModelFlops
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 LOG = "log.jsonl"
 """In a run's folder: a line a step."""
@@ -94,7 +94,7 @@ class Metered:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """A checkpoint's weights as the kit saves them: safetensors, no pickled settings, no call to the hub."""
-        models.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
+        adapters.save_adapter(self.model, Path(output_dir or self.args.output_dir), "")
 
 
 MASKS = {"attention_mask", "chosen_attention_mask", "rejected_attention_mask"}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from peft import (
-    LoraConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -19,13 +18,12 @@ from peft import (
 )
 
 from kit.params import Tuning
-from kit.train.models import ModelError
+from kit.train.adapters import low_rank
+from kit.train.shipped import ModelError
 
 
 def _lora(p: Tuning, **more: bool) -> PeftConfig:
-    return LoraConfig(
-        r=p.lora_r, lora_alpha=p.lora_alpha, target_modules="all-linear", task_type=TaskType.CAUSAL_LM, **more
-    )
+    return low_rank(p.lora_r, p.lora_alpha, **more)
 
 
 def _prompt(p: Tuning) -> PeftConfig:

@@ -2,120 +2,35 @@
 
 The policy is the tuned model (its adapter merged) with a new adapter; the reference is the same model with
 that adapter switched off, or a frozen copy where all weights are trained. Nobody has to wonder what the reference
-is: at step 0 the two are one, so the loss before the first update is known, and is checked.
+is: at step 0 the two are one, so the loss before the first update is known, and is checked (`kit.train.objectives`).
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import Rows
 from kit.train.loop import quiet, run
-from kit.train.meter import Metered, steps_table
+from kit.train.meter import steps_table
 from kit.train.methods import METHODS
-from kit.train.models import ModelError
+from kit.train.objectives import OBJECTIVES
 from kit.train.plan import require_fit
 from kit.train.setup import Setup, resolve, trainer_arguments
+from kit.train.shipped import ModelError
 
-TOLERANCE = 1e-3
-"""Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""
 SHARE_OF_SFT_RATE = 0.2
 """A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""
 EVALUATED = 8
 """Held-out pairs that score the aligned model, at most."""
-
-
-class _Checked(Metered):
-    """A trainer whose first loss must be the one that follows from policy = reference."""
-
-    first_loss: float | None = None
-
-    def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss; the first is checked."""
-        found = super().compute_loss(model, *args, **kwargs)
-        if self.model.training and self.state.global_step == 0 and self.first_loss is not None:
-            check_first_loss(
-                float((found[0] if isinstance(found, tuple) else found).detach()), self.first_loss
-            )
-        return found
-
-
-class PreferenceTrainer(_Checked, DPOTrainer):
-    """TRL's trainer for pairs, metered."""
-
-
-class JudgementTrainer(_Checked, KTOTrainer):
-    """TRL's trainer for single texts, good or bad, metered."""
-
-
-class OddsTrainer(_Checked, ORPOTrainer):
-    """TRL's trainer without a reference, metered."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A way to learn from preferences: TRL's trainer and settings; the loss at step 0 as a function of β."""
-
-    trainer: type
-    config: type
-    about: str
-    settings: Mapping[str, Any]
-    first_loss: Callable[[float], float] | None = None
-    paired: bool = True
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "dpo": Objective(
-        PreferenceTrainer,
-        DPOConfig,
-        "−log σ(β · margin) (Rafailov et al. 2023, equation 7)",
-        {"loss_type": ["sigmoid"]},
-        lambda beta: math.log(2),
-    ),
-    "ipo": Objective(
-        PreferenceTrainer,
-        DPOConfig,
-        "(margin − 1/2β)², which does not run away on clear pairs (Azar et al. 2023)",
-        {"loss_type": ["ipo"]},
-        lambda beta: 1 / (4 * beta * beta),
-    ),
-    "kto": Objective(
-        JudgementTrainer,
-        KTOConfig,
-        "each text against the mean, losses weigh more than gains (Ethayarajh et al. 2024)",
-        {},
-        lambda beta: 0.5,
-        paired=False,
-    ),
-    "orpo": Objective(
-        OddsTrainer,
-        ORPOConfig,
-        "likelihood of the better plus the odds between the two, no reference (Hong et al. 2024)",
-        {},
-    ),
-}
-
-
-def check_first_loss(loss: float, expected: float = math.log(2)) -> None:
-    """Raise `ModelError` unless the loss before the first update is what policy = reference gives (DPO: ln 2)."""
-    if not abs(loss - expected) < TOLERANCE * max(1.0, expected):
-        raise ModelError(
-            f"the first preference loss is {loss:.4f}, not {expected:.4f}: the reference is not the model that "
-            "training starts from"
-        )
 
 
 def align(p: AlignDpo, lake: Lake) -> Manifest:
@@ -127,7 +42,7 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
     `ModelError` for pairs that cannot be used, a first loss that is not the one policy = reference gives, and a loss
     that is not finite.
     """
-    threads = models.set_threads(p.threads)
+    threads = load.set_threads(p.threads)
     if not METHODS[p.method].merges:
         raise ModelError(f"70 cannot train a learned prompt (method={p.method}): full, lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-dpo-") as temp:
@@ -146,13 +61,13 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         require_fit(setup, rows_tokens=[len(ids) for ids in texts])
         folder = lake.local_folder(tuned, "model")
         trainer, ran = _train(p, setup, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
-        made = models.save_adapter(trainer.model, Path(temp, "model"), setup.base_model, setup.quantization)
+        made = adapters.save_adapter(trainer.model, Path(temp, "model"), setup.base_model, setup.quantization)
         out.folder("model", made)
         out.table("steps", steps_table(trainer), measured=True)
         del trainer  # room for the sweep
         sweep = [_moved(p.dpo_beta, ran)]
         for beta in p.sweep_betas:
-            models.release()
+            load.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
             moved = _train(other, setup, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1]
             sweep.append(_moved(float(beta), moved))
@@ -281,7 +196,7 @@ def build(
             **reference,
         )
     if not setup.full:
-        models.widen_trained(trainer.model)
+        adapters.widen_trained(trainer.model)
     trainer.first_loss = objective.first_loss(p.dpo_beta) if objective.first_loss else None
     return trainer
 

@@ -24,13 +24,14 @@ from trl import SFTConfig
 
 from kit.lake import Counts, Lake, Manifest, StageWriter
 from kit.params import ContinuePretraining
-from kit.train import models
-from kit.train.encode import IGNORED, perplexity
+from kit.train import adapters, load
+from kit.train.batches import IGNORED
+from kit.train.encode import perplexity
 from kit.train.loop import quiet, run
 from kit.train.meter import steps_table
-from kit.train.models import ModelError
 from kit.train.setup import Setup, resolve, trainer_arguments
 from kit.train.sft import SftTrainer
+from kit.train.shipped import ModelError
 
 Texts = dict[str, str]
 DOMAIN, GENERAL, HELD = "domain", "general", "held out: "
@@ -46,14 +47,14 @@ def pretrain(p: ContinuePretraining, lake: Lake) -> Manifest:
     threads and machine give the same bytes. All text is held in memory. Raises `ModelError` for too little text,
     replay without general text, a loss that is not finite, and a full disk.
     """
-    threads, metrics, trained = models.set_threads(p.threads), {}, set()
+    threads, metrics, trained = load.set_threads(p.threads), {}, set()
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-pretrain-") as temp:
         texts, lost, total = gather(p, lake, out)
         for setup in (resolve(p, each) for each in p.fits()):
             name = setup.fit.name
             trainer, metrics[name], reached = fit(p, setup, texts, Path(temp, name))
             folder, base = Path(temp, name, "made"), p.base_model if name == "model" else ""
-            models.save_adapter(trainer.model, folder, base)
+            adapters.save_adapter(trainer.model, folder, base)
             trainer.processing_class.save_pretrained(folder)
             out.folder(name, folder)
             out.table(f"steps-{name}", steps_table(trainer), measured=True)
@@ -166,7 +167,7 @@ def new_model(p: ContinuePretraining, texts: Iterable[str]) -> tuple[Any, Any]:
         tie_word_embeddings=True,
         **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
     )
-    return transformers.LlamaForCausalLM(config).to(models.device()), tokenizer
+    return transformers.LlamaForCausalLM(config).to(load.device()), tokenizer
 
 
 def score(model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:

@@ -14,18 +14,17 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType
+from peft import LoraConfig, TaskType
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from kit import show
 from kit.lake import Lake, Manifest
-from kit.params import RewardAndPolicy, Training
+from kit.params import RewardAndPolicy
 from kit.params.fit import Fit
-from kit.train import models
+from kit.train import adapters, load
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import quiet, run
 from kit.train.meter import Metered, steps_table
@@ -33,6 +32,7 @@ from kit.train.methods import METHODS
 from kit.train.plan import require_fit
 from kit.train.preference import usable
 from kit.train.setup import Setup, resolve, trainer_arguments
+from kit.train.shipped import ModelError
 from kit.train.trust import calibration, hacking, repetition, wilson
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
@@ -102,15 +102,6 @@ class Judge:
         return found
 
 
-def load_reward(p: Training, folder: str | Path) -> Judge:
-    """The reward model of `folder` (adapter and head) on `p.base_model`."""
-    tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
-    options = {"dtype": p.dtype, "trust_remote_code": p.trust_remote_code}
-    base = models.load_model(p.base_model, quantization=models.tuned_on(folder)["quantization"], **options)
-    model = untrained(base, tokenizer.pad_token_id)
-    return Judge(PeftModel.from_pretrained(model, str(folder)), tokenizer)
-
-
 def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
     """Usable pairs as `chosen_ids` and `rejected_ids`, at most `tokens` long; raises `ModelError`."""
     # cut here, without end token: TRL drops longer pairs, trains with that token, judges answers without it
@@ -123,7 +114,7 @@ def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most
             row[f"{side}_ids"] = (tokenizer(row["prompt"] or "")["input_ids"] + text)[:tokens]
     if len(pairs.rows) < FEWEST:
         few = f"{len(pairs.rows)} usable {split} pairs (dropped: {pairs.dropped or 'none'})"
-        raise models.ModelError(f"50_build_datasets has {few}, a reward model needs {FEWEST}")
+        raise ModelError(f"50_build_datasets has {few}, a reward model needs {FEWEST}")
     return pairs
 
 
@@ -140,7 +131,7 @@ def train_reward(setup: Setup, tokenizer: Any, pairs: Rows, folder: Path) -> tup
         trainer = RewardModelTrainer(
             model, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
         )
-    models.widen_trained(trainer.model)
+    adapters.widen_trained(trainer.model)
     return trainer, run(trainer, "reward model")
 
 
@@ -172,7 +163,7 @@ def prepare_prompts(rows: Sequence[Mapping], tokenizer: Any, policy: Fit, least:
     kept = [{"prompt": q} for q in asked if len(tokenizer(q)["input_ids"]) <= room]
     if len(kept) < least:  # TRL would leave an incomplete batch out, and train on nothing
         of = f"{len(kept)} of {len(asked)} distinct prompts have at most {room} tokens, a step needs {least}"
-        raise models.ModelError(f"{of}: lower policy_prompts or policy_tokens, or raise reward_tokens")
+        raise ModelError(f"{of}: lower policy_prompts or policy_tokens, or raise reward_tokens")
     return Dataset.from_list(kept)
 
 
@@ -205,7 +196,7 @@ def build_policy(
             processing_class=judge.tokenizer,
             peft_config=setup.new_adapter(),
         )
-    models.widen_trained(trainer.model)
+    adapters.widen_trained(trainer.model)
     return trainer
 
 
@@ -230,14 +221,14 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     tables `*_steps`. Counts: train pairs in; out those trained on. Raises `ModelError` for what it cannot
     do, and a first KL that is not 0.
     """
-    models.set_threads(p.threads)
+    load.set_threads(p.threads)
     reward, policy = (resolve(p, fit) for fit in p.fits())
     if not isinstance(reward.adapter, LoraConfig):
-        raise models.ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
+        raise ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
         data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
         if not METHODS[below := tuned.params["method"]].merges:
-            raise models.ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
+            raise ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
         found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
         tokenizer = reward.tokenizer()
         pairs = prepare_pairs(found, tokenizer, reward.fit.tokens, "train")
@@ -257,14 +248,14 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
         ran = run(trainer, f"policy {p.policy_objective}")
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
-            raise models.ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
+            raise ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
         after, last = measure(trainer, judge, held, p.seed, "after")
         for name, trained in (("reward", fitted), ("model", trainer)):
             folder = Path(temp, name)
-            models.save_adapter(trained.model, folder, policy.base_model, policy.quantization)
+            adapters.save_adapter(trained.model, folder, policy.base_model, policy.quantization)
             out.folder(name, folder)
             out.table(f"{name}_steps", steps_table(trained), measured=True)
-        out.table("answers", pa.Table.from_pylist(first + last))
+        out.rows("answers", first + last)
         hacked = hacking(before, after)
         metrics = {"reward_model": learned, "policy": told_of_policy(p, policy, ran, steps, hacked)}
         counts = pairs.counts(reward.fit.steps, reward.fit.step_rows, "reward_steps")

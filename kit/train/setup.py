@@ -25,11 +25,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit.params import FinetuneSft, Training, Tuning
 from kit.params.fit import Fit
-from kit.train import dry, models, settings
+from kit.train import dry, load, settings
 from kit.train import machine as machines
 from kit.train.machine import Machine
 from kit.train.methods import METHODS, adapter_config, base_quantization
-from kit.train.models import ModelError
+from kit.train.shipped import ModelError
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class Setup:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the base."""
-        return models.load_tokenizer(self.base_model, trust_remote_code=self.trust_remote_code)
+        return load.load_tokenizer(self.base_model, trust_remote_code=self.trust_remote_code)
 
     def model(self, adapters: Sequence[str | Path] = ()) -> PreTrainedModel:
-        """The model to train or to train over, with `adapters` merged into it (see `models.load_model`)."""
-        return models.load_model(
+        """The model to train or to train over, with `adapters` merged into it (see `load.load_model`)."""
+        return load.load_model(
             self.base_model,
             dtype=self.recipe["weights"],
             adapters=adapters,
@@ -159,7 +159,7 @@ def resolve(
     asked = isinstance(p, FinetuneSft) and p.packing
     return Setup(
         fit=fit,
-        machine=machine or machines.this_machine(models.pick_dtype(p.dtype)),
+        machine=machine or machines.this_machine(load.pick_dtype(p.dtype)),
         given=p,
         base_model=p.base_model,
         trust_remote_code=p.trust_remote_code,
@@ -184,7 +184,7 @@ def resolve(
 def dtype_on(machine: Machine | None, asked: str) -> torch.dtype:
     """The type that `asked` means on `machine`: auto is bfloat16 on every GPU that is planned for; None: this one."""
     elsewhere = machine is not None and machine.gpu and asked == "auto"
-    return torch.bfloat16 if elsewhere else models.pick_dtype(asked)
+    return torch.bfloat16 if elsewhere else load.pick_dtype(asked)
 
 
 def trainer_arguments(setup: Setup, model: torch.nn.Module, folder: Path) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from kit.lake import Lake, Manifest
 from kit.params import FinetuneSft
 from kit.params.train import PASS_TOKENS
-from kit.train import models
-from kit.train.encode import Rows, collate_packed, perplexity, prepare
+from kit.train import adapters, load
+from kit.train.batches import collate_packed
+from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import quiet, run, work_folder
 from kit.train.meter import Metered, steps_table
 from kit.train.methods import begin
@@ -58,7 +59,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
     """
     with lake.stage(p) as out:
         data = out.read("50_build_datasets")
-        tokenizer = models.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
+        tokenizer = load.load_tokenizer(p.base_model, trust_remote_code=p.trust_remote_code)
         train = prepare(lake.table(data, "train").to_pylist(), tokenizer, p.max_tokens, p.task)
         heldout = lake.table(data, "heldout").to_pylist()[: p.eval_rows]
         held = prepare(heldout, tokenizer, p.max_tokens, p.task)
@@ -66,7 +67,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
         with work_folder(lake, out, bool(p.checkpoint_steps)) as folder:
             fitted = fit(p, tokenizer, train, held, folder)
             trainer = fitted.metrics.pop("trainer")
-            made = models.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
+            made = adapters.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
             out.folder("model", made)
             out.table("steps", steps_table(trainer), measured=True)
             counts = train.counts(p.sft_steps, math.floor(fitted.rows_a_step), "sft_steps")
@@ -85,7 +86,7 @@ def fit(
 
     `changes` take the place of what `kit.train.settings` would set, by its names.
     """
-    threads = models.set_threads(p.threads)
+    threads = load.set_threads(p.threads)
     setup = resolve(p, changes=changes)
     if setup.unpacked:
         print(f"packing: none, {setup.unpacked}")
@@ -193,7 +194,7 @@ def build(
             data_collator=collator(setup.packing, setup.recipe["attention"], tokenizer.pad_token_id),
         )
     if not setup.full:
-        models.widen_trained(trainer.model)
+        adapters.widen_trained(trainer.model)
         begin(trainer.model, rows[0]["input_ids"])
     return trainer
 

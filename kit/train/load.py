@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import hashlib
-import json
 import os
 import re
 import sys
@@ -17,32 +16,17 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from kit import resolve
 from kit.train import shipped
+from kit.train.adapters import merge_adapter, tuned_on
+from kit.train.quantise import never_repacked, settings_of
 from kit.train.shipped import ModelError
 
 DISTINCT_PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "<unk>")
 """Tokens that may pad a row, in order of preference, when the model pads with its end token or with none."""
-
-QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
-    "none": None,
-    "int8": {"load_in_8bit": True},
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nf4_double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-}
-"""How a frozen base may be kept: settings of `BitsAndBytesConfig` (NF4, double quantisation: Dettmers et al. 2023)."""
-
-TUNED_ON = "tuned_on.json"
-"""Beside an adapter: the base as a person named it, how it was quantised for the training, and what it computed in."""
 
 # TRL reports every trainer to the hub unless told not to; a kit that works offline does not call home
 hub.HF_HUB_DISABLE_TELEMETRY = True
@@ -182,20 +166,8 @@ def cast(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrain
 
 def quantised(name: str, kind: str, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
     """The model of `name` with the weights of its linear layers in `kind`, computing in `dtype`."""
-    settings = QUANTIZATIONS[kind] or {}
-    if "load_in_4bit" in settings:
-        settings = {**settings, "bnb_4bit_compute_dtype": dtype}
-    config = BitsAndBytesConfig(**settings)
-    where = {"": device()}
-    model = open_pretrained(
-        AutoModelForCausalLM, name, dtype=dtype, quantization_config=config, device_map=where, **options
-    )
-    for module in model.modules():
-        # on CPUs with AVX512-BF16 a forward pass in eval mode repacks the weights for good: every gradient after
-        # it is wrong, and the loss looks right
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    return model
+    options |= {"quantization_config": settings_of(kind, dtype), "device_map": {"": device()}}
+    return never_repacked(open_pretrained(AutoModelForCausalLM, name, dtype=dtype, **options))
 
 
 def _requantised(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -204,32 +176,6 @@ def _requantised(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> PreTr
     with tempfile.TemporaryDirectory(prefix="kit-quantise-") as temp:
         model.save_pretrained(temp)
         return quantised(temp, kind, dtype, use_safetensors=True)
-
-
-def merge_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel | PeftModel:
-    """`model` with the PEFT adapter in `folder` added to its weights; a learned prompt, which cannot be, in front.
-
-    Raises `ModelError`.
-    """
-    if isinstance(model, PeftModel):
-        raise ModelError(f"adapter in '{folder}' comes after a learned prompt, which cannot be merged")
-    try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
-        if wrapped.active_peft_config.is_prompt_learning:
-            return wrapped
-        # PEFT froze them; what is trained next decides anew
-        return wrapped.merge_and_unload(safe_merge=True).requires_grad_(True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"adapter in '{folder}' cannot be merged: {str(error).splitlines()[0]}") from None
-
-
-def tuned_on(folder: str | Path) -> dict[str, str]:
-    """`{"base_model", "quantization", "dtype"}` of an adapter's folder; one from elsewhere: unknown, none, float32."""
-    known = {"base_model": "", "quantization": "none", "dtype": "float32"}
-    try:
-        return known | json.loads((Path(folder) / TUNED_ON).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return known
 
 
 def device() -> torch.device:
@@ -273,88 +219,8 @@ def set_threads(threads: int = 0) -> int:
     return torch.get_num_threads()
 
 
-def describe(model: torch.nn.Module) -> dict[str, Any]:
-    """What really runs: counts of parameters, types of weights, attention kernel, device, threads."""
-    by_type: dict[str, int] = {}
-    trained = 0
-    for p in model.parameters():
-        kind, n = stored(p)
-        by_type[kind] = by_type.get(kind, 0) + n
-        trained += n if p.requires_grad else 0
-    return {
-        "parameters": sum(by_type.values()),
-        "trainable": trained,
-        "dtype": max(by_type, key=by_type.__getitem__),
-        "parameters_by_dtype": dict(sorted(by_type.items())),
-        "weights_mb": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6, 1),
-        "attention": getattr(model.config, "_attn_implementation", "unknown"),
-        "device": str(next(model.parameters()).device),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def stored(p: torch.nn.Parameter) -> tuple[str, int]:
-    """(type, number of weights) of a parameter; 4-bit ones are stored two in a byte, and counted as what they are."""
-    state = getattr(p, "quant_state", None)
-    if state is not None:
-        return f"{state.quant_type}{' double' if state.nested else ''}", state.shape.numel()
-    return str(p.dtype).removeprefix("torch."), p.numel()
-
-
-def plain_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The type of most weights that are not quantised."""
-    sizes: dict[torch.dtype, int] = {}
-    for p in model.parameters():
-        if p.is_floating_point():
-            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
-    return max(sizes, key=sizes.__getitem__)
-
-
-def computes_in(model: torch.nn.Module) -> str:
-    """The type that a model's matmuls compute in: a 4-bit base's compute type, or that of most weights."""
-    kinds = [getattr(m, "compute_dtype", None) for m in model.modules() if hasattr(m, "quant_state")]
-    kind = next((k for k in kinds if k), None) or plain_dtype(model)
-    return str(kind).removeprefix("torch.")
-
-
-def widen_trained(model: torch.nn.Module) -> None:
-    """Trained weights in float32: TRL rounds the adapter of a quantised base to bfloat16, where small updates vanish."""
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()
-
-
 def release() -> None:
     """Give the memory of models that nobody holds any more back to the device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------- adapters on disk
-
-
-def save_adapter(model: torch.nn.Module, folder: Path, base_model: str, quantization: str = "none") -> Path:
-    """Write what was trained: a PEFT adapter, or all weights of a plain model; the same bytes every time.
-
-    PEFT writes sets in hash order, the path of the base on this machine and a model card with versions: the
-    first are sorted, the second is `base_model` as a person wrote it, the third is left out.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
-        # 'auto' would ask the hub whether the vocabulary has grown
-        model.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
-        path = folder / "adapter_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("target_modules", "modules_to_save", "exclude_modules"):
-            if isinstance(config.get(key), list):
-                config[key] = sorted(config[key])
-        config["base_model_name_or_path"] = base_model
-        path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        made = {"base_model": base_model, "quantization": quantization, "dtype": computes_in(model)}
-        (folder / TUNED_ON).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    else:
-        model.config._name_or_path = base_model
-        model.save_pretrained(folder)
-    return folder
