@@ -81,7 +81,7 @@ def test_a_planted_preference_is_learned_and_the_saved_model_gives_the_same_rewa
     assert learned["accuracy"] > 0.9
     assert learned["losses"][0] == pytest.approx(0.6931, abs=1e-3), "all rewards are 0 at first"
     tokenizer = load.load_tokenizer(tiny_model())
-    base = reward.untrained(p, tokenizer.pad_token_id, "none")
+    base = reward.untrained(load.load_model(tiny_model(), dtype="float32"), tokenizer.pad_token_id)
     judge = reward.Judge(PeftModel.from_pretrained(base, lake.local_folder(m, "reward")), tokenizer)
     found = lake.table(lake.need("sample", "50_build_datasets"), "preferences").to_pylist()
     unseen = reward.prepare_pairs(found, judge.tokenizer, p.reward_tokens, "heldout")
