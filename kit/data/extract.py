@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -30,7 +29,8 @@ from kit.data import page as pages
 from kit.data import rows as row_files
 from kit.data.archive import ArchiveError, Page, RecordError
 from kit.data.language import detect_language
-from kit.data.spark import plan, run_tasks
+from kit.data.rate import run_at_rate
+from kit.data.spark import plan
 from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
 from kit.params import ExtractText
 
@@ -352,19 +352,17 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
         made, failures = _unfinished(lake, out)
         again = {doc_id(*(f[k] for k in PLACE)) for f in failures if f["kind"] == "retry"}
-        requests_per_s = p.requests_per_s / (p.cores or os.cpu_count() or 1)
         place = lake.uri, out.base, out.attempt
 
         def work(task: tuple[str, pa.Table]) -> dict[str, Any]:
             name, part = task
-            fetch.configure(requests_per_s=requests_per_s, retries=p.retries)
             output, lost = _extract_part(base, part, p, place, name, made.get(name), again)
             return {"done": part.num_rows, "output": output.model_dump(), "failures": lost}
 
         shares = plan(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
         parts = [rows.slice(s.start, len(s)).combine_chunks() for s in shares]
         tasks = [(part.num_rows, (f"part-{i:05d}", part)) for i, part in enumerate(parts)]
-        results = run_tasks(p, work, tasks, "extract", "pages")
+        results = run_at_rate(p, work, tasks, "extract", "pages", [base])
         for result in results:
             out.add(Output(**result["output"]))
         failures = [f for f in failures if f["kind"] != "retry"] + [f for r in results for f in r["failures"]]

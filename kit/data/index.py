@@ -17,7 +17,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kit.data import archive, questions
+from kit.data import archive, polite, questions
 from kit.data import rows as row_files
 from kit.data.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
 from kit.lake import Counts, Lake, LakeError, Manifest
@@ -46,6 +46,7 @@ class Index:
         self.damage: list[archive.Damage] = []
         self.scans: list[Scan] = []
         """What each query was to read and did read, in order."""
+        polite.configure(contact=p.contact)
         self.con = duckdb.connect()
         # footers come from memory
         self.con.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")

@@ -34,7 +34,8 @@ import pyarrow as pa
 from kit import KitError, resolve
 from kit.data import archive
 from kit.data.archive import Record, RecordError
-from kit.data.spark import plan, run_tasks
+from kit.data.rate import run_at_rate
+from kit.data.spark import plan
 from kit.lake import Counts, Lake, Manifest, Output, write_table
 from kit.params import WriteYourOwnJob
 
@@ -183,7 +184,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
             return {"done": len(files), "tally": replace(tally, tables=[]), "output": output}
 
         tasks = [(len(s), (i, [archives[k] for k in s])) for i, s in enumerate(shares)]
-        results = run_tasks(p, work, tasks, "job", "archives")
+        results = run_at_rate(p, work, tasks, "job", "archives", [path for path, _ in archives])
         tallies = [r["tally"] for r in results]
         total = sum((t.groups for t in tallies), Counter())
         for r in results:
@@ -256,7 +257,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--base", default="", help="what the archives' names are relative to: folder or URL")
     ask.add_argument("--out", required=True, help="lake for the result: folder or URL that all workers reach")
     ask.add_argument("--run", default="job", help="name of the run in it")
-    for name in ("cores", "part_mb", "max_records"):
+    for name in ("cores", "part_mb", "max_records", "requests_per_s", "retries", "contact"):
         about = WriteYourOwnJob.model_fields[name]
         option = f"--{name.replace('_', '-')}"
         ask.add_argument(option, dest=name, default=about.default, help=about.description)

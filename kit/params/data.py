@@ -18,6 +18,23 @@ class Cores(Stage):
     )
 
 
+class Contact(Stage):
+    """Stages that ask servers of other people."""
+
+    contact: str = Field(
+        "",
+        description="e-mail address or URL that the user agent names to servers; Common Crawl asks for one",
+        pattern=r"^[!-'*-\[\]-~]*$",
+    )
+
+
+class Fetching(Contact):
+    """Stages that fetch so much that it is to be bounded."""
+
+    requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
+    retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
+
+
 class StartHere(Stage):
     """00: what this machine can do, and the chain in one picture."""
 
@@ -25,7 +42,7 @@ class StartHere(Stage):
     zone: ClassVar[str] = "reports"
 
 
-class ExploreIndex(Stage):
+class ExploreIndex(Contact):
     """10: index → selection."""
 
     stage: ClassVar[str] = "10_explore_index"
@@ -149,14 +166,12 @@ class Refining(Stage):
     )
 
 
-class ExtractText(Cores, Extracting):
+class ExtractText(Cores, Extracting, Fetching):
     """20: pages → documents."""
 
     stage: ClassVar[str] = "20_extract_text"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
-    retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
     text_column: str = Field("", description="column of your own files with the text, empty = by its name")
     rating_column: str = Field("", description="column with the rating, empty = by its name")
 
@@ -166,7 +181,7 @@ class ExtractText(Cores, Extracting):
         return {k: v for k, v in super().identity().items() if k not in unused}
 
 
-class WriteYourOwnJob(Cores):
+class WriteYourOwnJob(Cores, Fetching):
     """21: one function of a record, over archives."""
 
     stage: ClassVar[str] = "21_write_your_own_job"
