@@ -36,7 +36,7 @@ from kit.data import archive
 from kit.data.archive import Record, RecordError
 from kit.data.rate import run_at_rate
 from kit.data.spark import plan
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.lake import Account, Counts, Lake, Manifest
 from kit.params import WriteYourOwnJob
 
 MAX_TOLD = 100
@@ -171,8 +171,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
                 out.read_outside(path)
         sizes = [_size(path, p.part_mb * 1e6) for path, _ in archives]
         shares = [range(len(archives))] if p.max_records else plan(sizes, p.part_mb * 1e6)
-        lake_uri, folder, attempt = lake.uri, out.base, out.attempt
-        name, most = p.job, p.max_records
+        writer, name, most = out.parts, p.job, p.max_records
 
         def work(task: tuple[int, list[tuple[str, str]]]) -> dict[str, Any]:
             number, files = task
@@ -180,7 +179,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
             output = None
             if tally.tables:
                 table = pa.concat_tables(tally.tables).combine_chunks()
-                output = write_table(lake_uri, folder, attempt, f"part-{number:05d}", table).model_dump()
+                output = writer.table(f"part-{number:05d}", table)
             return {"done": len(files), "tally": replace(tally, tables=[]), "output": output}
 
         tasks = [(len(s), (i, [archives[k] for k in s])) for i, s in enumerate(shares)]
@@ -189,7 +188,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
         total = sum((t.groups for t in tallies), Counter())
         for r in results:
             if r["output"]:
-                out.add(Output(**r["output"]))
+                out.add(r["output"])
         if total:
             out.table("part-00000", _counted(job, total))
         if told := [x for t in tallies for x in t.told]:
@@ -206,17 +205,11 @@ def selected_archives(lake: Lake, selection: Manifest) -> list[tuple[str, str]]:
 
 def _accounts(tallies: list[Tally], groups: int) -> Counts:
     """Where every record went; `groups` is how many rows the counted ones became, 0 where rows were written."""
-    rows = sum(t.rows for t in tallies)
-    dropped = sum((t.dropped for t in tallies), Counter())
+    whole = Account.total(Account(t.read + t.lost, t.created, t.rows, t.dropped, t.failed) for t in tallies)
     if groups:
-        dropped["counted with others"] = rows - groups
-    return Counts(
-        records_in=sum(t.read + t.lost for t in tallies),
-        created=sum(t.created for t in tallies),
-        records_out=groups or rows,
-        dropped=dict(sorted(dropped.items())),
-        failed=dict(sorted(sum((t.failed for t in tallies), Counter()).items())),
-    )
+        whole.dropped["counted with others"] = whole.records_out - groups
+        whole.records_out = groups
+    return whole.counts()
 
 
 def _counted(job: Job, groups: Counter[tuple[Any, ...]]) -> pa.Table:
