@@ -180,7 +180,7 @@ def _prefilter(cheap: str, p: ExtractText) -> None:
 
     A main text has no more words than the page; the language must be sure, because furniture has one, too.
     """
-    if quality.word_count(cheap) < p.min_words:
+    if quality.too_few_words(cheap, dict(p)):
         raise RecordError("prefilter: words")
     if p.keep_languages:
         language, score = detect_language(cheap)

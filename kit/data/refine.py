@@ -61,12 +61,6 @@ REFINED = pa.schema(
 )
 
 
-DECIDING = frozenset(
-    "quality_rules tag_rules thresholds min_lang_score keep_languages min_words max_words max_duplicate_lines".split()  # noqa: SIM905
-)
-"""Parameters that only judge what is measured, as long as the same rule sets are measured."""
-
-
 def repair(text: str) -> str:
     """Undo mojibake, normalise to NFC, drop control and direction characters, tidy white space."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
@@ -195,14 +189,16 @@ def check(p: Refining) -> None:
 def refine_documents(p: RefineText, lake: Lake) -> Manifest:
     """Documents → refined documents on Spark, one part for one part.
 
-    Where the last result differs in nothing but thresholds (`DECIDING`), only verdicts are taken anew, from its tags.
+    Where the last result differs in nothing but what judges (`RefineText.judging`), only verdicts are taken anew, from
+    its tags; the same rule sets must have been measured.
     """
     check(p)
     with lake.stage(p) as out:
         source, last = out.read("20_extract_text"), lake.manifest(p.run, p.stage)
         if p.blocked_urls:
             out.read_outside(p.blocked_urls)
-        again = last is not None and out.same_work(last, but=DECIDING) and measured(p) == measured(RefineText.parse(last.params))  # fmt: skip
+        again = last is not None and out.same_work(last, but=p.judging())
+        again = again and measured(p) == measured(RefineText.parse(last.params))
         given = last if again else source
         parts = [o for o in given.outputs if o.name.startswith("part")]
         paths = lake.paths(given, "part")

@@ -176,8 +176,9 @@ def _code(module: str) -> str:
 def tokens(p: RefineOnArrival) -> tuple[str, str]:
     """What the steps are named by: all that changes what they make, their parameters and their code."""
     own = [cls.model_fields.keys() - Stage.model_fields.keys() for cls in (Extracting, Refining)]
-    unused = set() if p.prefilter else own[1]  # a threshold of step 2 that step 1 has only for the prefilter
-    first, second = p.model_dump(include=own[0] - unused), p.model_dump(include=own[1])
+    # what judges is asked in step 1 by the prefilter alone; bounds that are moved by `thresholds`, too
+    asked = own[0] | {"thresholds"} if p.prefilter else own[0] - Extracting.judging()
+    first, second = p.model_dump(include=asked), p.model_dump(include=own[1])
     if p.blocked_urls:
         second["blocked_urls"] = fingerprint(p.blocked_urls)
     steps = Work(first, [], _code("kit.data.landed")), Work(second, [], _code("kit.data.refine"))
