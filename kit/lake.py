@@ -20,8 +20,10 @@ import re
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata, util
 from pathlib import Path
@@ -100,6 +102,48 @@ class Counts(BaseModel):
                 f"{self.records_out} out + {gone} dropped or failed"
             )
         return self
+
+
+@dataclass
+class Account:
+    """Where every record went, while they are being counted: in + created = out + dropped + failed, in the end."""
+
+    records_in: int = 0
+    created: int = 0
+    records_out: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+
+    @classmethod
+    def of_verdicts(cls, verdicts: Iterable[str | None]) -> Account:
+        """An account of records that were judged: None moves on, a text is the reason why the record does not."""
+        reasons = Counter(verdicts)
+        kept = reasons.pop(None, 0)
+        return cls(kept + reasons.total(), 0, kept, reasons)
+
+    @classmethod
+    def total(cls, accounts: Iterable[Account]) -> Account:
+        """The account of a whole whose parts have accounts of their own."""
+        whole = cls()
+        for part in accounts:
+            whole.records_in += part.records_in
+            whole.created += part.created
+            whole.records_out += part.records_out
+            whole.dropped.update(part.dropped)
+            whole.failed.update(part.failed)
+        return whole
+
+    def counts(self, by_name: bool = True) -> Counts:
+        """The account as a manifest keeps it, reasons that nothing went for left out; raises `ValueError`.
+
+        Reasons come in the order of their names, for parts may end in any order, or else as they were met.
+        """
+        dropped, failed = (
+            {k: n for k, n in (sorted(c.items()) if by_name else c.items()) if n}
+            for c in (self.dropped, self.failed)
+        )
+        sums = {"records_in": self.records_in, "created": self.created, "records_out": self.records_out}
+        return Counts(**sums, dropped=dropped, failed=failed)
 
 
 class Manifest(BaseModel):
@@ -193,9 +237,12 @@ class Lake:
         if not paths:
             raise LakeError(f"{manifest.stage} of run '{manifest.run}' holds no '{name}'")
         with explained(f"cannot read {manifest.stage} of run '{manifest.run}'"):
-            return pa.concat_tables(
-                pq.read_table(path, columns=columns, filesystem=self.fs, partitioning=None) for path in paths
-            )
+            return pa.concat_tables(self.read_part(path, columns) for path in paths)
+
+    def read_part(self, path: str, columns: list[str] | None = None) -> pa.Table:
+        """One Parquet file by its full path, in this or any process that the lake was sent to."""
+        # no partitioning: a folder called a=b is a name, and no column of the table
+        return pq.read_table(path, columns=columns, filesystem=self.fs, partitioning=None)
 
     def local_folder(self, manifest: Manifest, name: str) -> str:
         """The files under `name/` in one local folder; an object store's are copied to a cache once."""
@@ -245,8 +292,8 @@ class StageWriter:
 
     def __init__(self, lake: Lake, p: Stage) -> None:
         self.lake, self.p = lake, p
-        self.attempt = uuid.uuid4().hex[:8]
         self.base = lake.folder(p.run, p.stage)
+        self.parts = PartWriter(lake.uri, self.base, uuid.uuid4().hex[:8])
         self.inputs: list[Input] = []
         self.outputs: list[Output] = []
         self.committed: Manifest | None = None
@@ -276,18 +323,17 @@ class StageWriter:
 
         Parameters named in `but` may differ.
         """
-        inputs = [[(i.uri, i.content_sha256) for i in x] for x in (self.inputs, last.inputs)]
         code = code_identity(self.p.stage)["source_sha256"]
-        params = [{k: v for k, v in x.items() if k not in but} for x in (last.params, self.p.identity())]
-        return params[0] == params[1] and inputs[0] == inputs[1] and last.code["source_sha256"] == code
+        now = Work.of(self.p.identity(), self.inputs, code, but)
+        return now == Work.of(last.params, last.inputs, last.code["source_sha256"], but)
 
     def add(self, output: Output) -> None:
-        """List a file that a worker has written with `write_table` or `write_bytes`."""
+        """List a file that a worker has written with `parts`."""
         self.outputs.append(output)
 
     def table(self, name: str, table: pa.Table, *, measured: bool = False) -> None:
         """Write one Parquet file from here."""
-        output = write_table(self.lake.uri, self.base, self.attempt, name, table)
+        output = self.parts.table(name, table)
         self.add(output.model_copy(update={"measured": measured}))
 
     def rows(
@@ -309,7 +355,7 @@ class StageWriter:
 
     def bytes(self, name: str, data: bytes, *, rows: int = 0, measured: bool = False) -> None:
         """Write one file of any kind from here."""
-        output = write_bytes(self.lake.uri, self.base, self.attempt, name, data, rows)
+        output = self.parts.bytes(name, data, rows)
         self.add(output.model_copy(update={"measured": measured}))
 
     def folder(self, name: str, local: str | Path) -> None:
@@ -321,21 +367,8 @@ class StageWriter:
         """Write the manifest. Raises `LakeError` when nothing was made: an empty result is a failure."""
         if not self.outputs or counts.records_out == 0:
             raise LakeError(f"{self.p.stage} yielded nothing: {losses(counts)}")
-        seconds = time.perf_counter() - self.started
-        manifest = Manifest(
-            stage=self.p.stage,
-            run=self.p.run,
-            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            params=self.p.identity(),
-            inputs=self.inputs,
-            outputs=sorted(self.outputs, key=lambda o: o.name),
-            counts=counts,
-            metrics=metrics or {},
-            seconds=round(seconds, 3),
-            cost_usd=round(seconds / 3600 * self.p.usd_per_hour, 9),
-            code=code_identity(self.p.stage),
-            environment=environment(),
-        )
+        outputs = sorted(self.outputs, key=lambda o: o.name)
+        manifest = new_manifest(self.p, self.started, self.inputs, outputs, counts, metrics or {})
         before = self.lake.manifest(self.p.run, self.p.stage)
         put(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
         self.committed = manifest
@@ -351,25 +384,97 @@ class StageWriter:
                 self.lake.fs.rm_file(path)
 
 
-def write_table(lake_uri: str, base: str, attempt: str, name: str, table: pa.Table) -> Output:
-    """Write one Parquet file (zstd) under a new name; callable from any worker process."""
+@dataclass(frozen=True)
+class PartWriter:
+    """Writes the files of one attempt at a stage, from whichever process it was sent to: it can be pickled.
+
+    Every file gets a name that no other attempt or retried task uses, and counts once the stage's manifest lists it.
+    """
+
+    lake_uri: str
+    folder: str
+    """The stage's folder on the lake's file system."""
+    attempt: str
+
+    def table(self, name: str, table: pa.Table) -> Output:
+        """Write one Parquet file, `name.parquet`."""
+        return self.bytes(f"{name}.parquet", parquet_bytes(table), table.num_rows)
+
+    def bytes(self, name: str, data: bytes, rows: int = 0) -> Output:
+        """Write one file of any kind."""
+        fs, _ = fsspec.core.url_to_fs(self.lake_uri)
+        head, _, tail = name.rpartition("/")
+        # files of a folder (a model) keep their names, inside a folder of their attempt's own
+        unique = f"{_stem(tail)}-{uuid.uuid4().hex[:8]}{_suffix(tail)}"
+        path = f"{self.attempt}/{head}/{tail}" if head else unique
+        full = f"{self.folder}/{path}"
+        with explained(f"cannot write {name}"):
+            fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+            fs.pipe_file(full, data)
+        return Output(
+            name=name, path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What decides a result: parameters, inputs by their content, and code. Equal ones are the same work."""
+
+    params: dict[str, Any]
+    inputs: list[tuple[str, str]]
+    """Address and content hash of each."""
+    source_sha256: str
+
+    @classmethod
+    def of(
+        cls,
+        params: Mapping[str, Any],
+        inputs: Iterable[Input],
+        source_sha256: str,
+        but: Set[str] = frozenset(),
+    ) -> Work:
+        """Work with these parameters, those named in `but` left out."""
+        told = [(source.uri, source.content_sha256) for source in inputs]
+        return cls({k: v for k, v in params.items() if k not in but}, told, source_sha256)
+
+    @property
+    def key(self) -> str:
+        """A name for the work, 64 hexadecimal digits."""
+        parts = [self.params, self.inputs, self.source_sha256]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def new_manifest(
+    p: Stage,
+    started: float,
+    inputs: list[Input],
+    outputs: list[Output],
+    counts: Counts,
+    metrics: dict[str, Any],
+) -> Manifest:
+    """What an attempt at a stage, begun at `started` (`time.perf_counter()`), has to say of itself as it ends now."""
+    seconds = time.perf_counter() - started
+    return Manifest(
+        stage=p.stage,
+        run=p.run,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        params=p.identity(),
+        inputs=inputs,
+        outputs=outputs,
+        counts=counts,
+        metrics=metrics,
+        seconds=round(seconds, 3),
+        cost_usd=round(seconds / 3600 * p.usd_per_hour, 9),
+        code=code_identity(p.stage),
+        environment=environment(),
+    )
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file (zstd), without the Arrow schema: the same table gives the same bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", store_schema=False)
-    data = sink.getvalue().to_pybytes()
-    return write_bytes(lake_uri, base, attempt, f"{name}.parquet", data, table.num_rows)
-
-
-def write_bytes(lake_uri: str, base: str, attempt: str, name: str, data: bytes, rows: int = 0) -> Output:
-    """Write one file under a name that no other attempt or retried task uses."""
-    fs, _ = fsspec.core.url_to_fs(lake_uri)
-    head, _, tail = name.rpartition("/")
-    # files of a folder (a model) keep their names, inside a folder of their attempt's own
-    path = f"{attempt}/{head}/{tail}" if head else f"{_stem(tail)}-{uuid.uuid4().hex[:8]}{_suffix(tail)}"
-    full = f"{base}/{path}"
-    with explained(f"cannot write {name}"):
-        fs.makedirs(full.rpartition("/")[0], exist_ok=True)
-        fs.pipe_file(full, data)
-    return Output(name=name, path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return sink.getvalue().to_pybytes()
 
 
 def _stem(name: str) -> str:

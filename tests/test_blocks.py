@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastwarc.warc import ArchiveIterator, WarcRecordType
 
 from kit import ROOT, KitError
-from kit.data import blocks
+from kit.data import archive, blocks
 from kit.data.blocks import all_text, choose, extract, features, main_text, parse, walk
 
 SENTENCES = [
@@ -203,11 +202,12 @@ def test_a_model_that_is_missing_or_damaged_is_told(
 
 def test_the_sample_crawls_pages_have_a_text() -> None:
     path = next((ROOT / "data_samples" / "crawl-data").glob("CC-SAMPLE-2026-05/**/warc/*.warc.gz"))
-    pages = []
-    with path.open("rb") as f:
-        for record in ArchiveIterator(f, parse_http=True, record_types=WarcRecordType.response):
-            if "html" in (record.http_content_type or ""):
-                pages.append(record.reader.read().decode("utf-8", "replace"))
+    records = [r for r in archive.records(str(path)) if isinstance(r, archive.Record)]
+    pages = [
+        r.stored.decode("utf-8", "replace")
+        for r in records
+        if r.type == "response" and "html" in r.content_type
+    ]
     assert len(pages) > 10
     for html in pages:
         walked = walk(parse(html))

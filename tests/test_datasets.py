@@ -10,9 +10,9 @@ import pytest
 
 from kit.data.datasets import Splits, build_datasets, grid, heldout_groups, plain, split_rows
 from kit.data.extract import REVIEW
-from kit.data.formats import FORMATS, Account, document_rows, instruction_row
+from kit.data.formats import FORMATS, document_rows, instruction_row
 from kit.data.trace import trace
-from kit.lake import Counts, Lake, LakeError, Manifest
+from kit.lake import Account, Counts, Lake, LakeError, Manifest
 from kit.params import BuildDatasets, Deduplicate, ParamError, RefineText
 
 P = BuildDatasets()
@@ -60,7 +60,7 @@ def build(
 
     account = Account()
     rows = list(split_rows(made(), Splits.plan(made(), p), account))
-    return rows, account.counts()
+    return rows, account.counts(by_name=False)
 
 
 def a_lake(uri: str, docs: list[dict], parts: int = 3, repeated: tuple[str, str] = ("none", "none")) -> Lake:

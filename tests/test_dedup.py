@@ -13,8 +13,8 @@ from test_minhash import naive
 from kit.data import dedup
 from kit.data.dedup import CLUSTER, clusters_at, components, deduplicate
 from kit.data.spark import session
-from kit.lake import Counts, Lake, Manifest, write_table
-from kit.params import Cores, Deduplicate
+from kit.lake import Counts, Lake
+from kit.params import Cores, Deduplicate, RefineText
 
 P = Deduplicate()
 WORDS = ["".join(x) for x in product("bcdfgklmnprstvz", "aeiou", "lmnrst")]
@@ -29,17 +29,11 @@ def store(lake: Lake, run: str, docs: list[dict], parts: int = 1) -> None:
     schema = pa.schema(
         [(n, pa.string()) for n in names] + [("fetch_time", pa.timestamp("ms")), ("reviews", review)]
     )
-    table, folder = pa.Table.from_pylist(rows, schema), lake.folder(run, "30_refine_text")
-    outputs = [
-        write_table(lake.uri, folder, "a", f"part-{i:05d}", table.take(list(range(i, len(rows), parts))))
-        for i in range(parts)
-    ]
-    n = len(rows)
-    manifest = Manifest(
-        stage="30_refine_text", run=run, created_at="", params={}, inputs=[], outputs=outputs, seconds=0,
-        counts=Counts(records_in=n, records_out=n), cost_usd=0, code={}, environment={},
-    )  # fmt: skip
-    lake.fs.pipe_file(f"{folder}/_manifest.json", manifest.model_dump_json().encode())
+    table, n = pa.Table.from_pylist(rows, schema), len(rows)
+    with lake.stage(RefineText(run=run, lake=lake.uri)) as out:
+        for i in range(parts):
+            out.table(f"part-{i:05d}", table.take(list(range(i, n, parts))))
+        out.commit(Counts(records_in=n, records_out=n))
 
 
 def verdicts(lake: Lake, run: str, docs: list[dict], parts: int = 1, **values) -> dict[str, dict]:

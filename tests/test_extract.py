@@ -17,9 +17,9 @@ from test_archive import bomb, record
 from test_fetch import server  # noqa: F401
 
 from kit.data import archive, extract
-from kit.data.extract import FAILURE, Html, doc_id, extract_page, extract_rows, extract_text
-from kit.data.index import explore_index
-from kit.lake import Lake
+from kit.data.extract import FAILURE, Html, extract_page, extract_rows, extract_text
+from kit.data.index import doc_id, explore_index
+from kit.lake import Lake, LakeError
 from kit.params import ExploreIndex, ExtractText
 from kit.pipeline import state
 
@@ -37,6 +37,7 @@ def page(body: bytes, charset: str | None = None, kind: str = "text/html") -> ar
 def row(**values) -> dict:
     """An index row."""
     return {
+        "doc_id": "0" * 20,
         "url": "http://site.example/0",
         "warc_filename": "x.warc",
         "warc_record_offset": 0,
@@ -102,6 +103,31 @@ def test_doc_id_depends_on_the_place_of_the_bytes_only() -> None:
     assert len({doc_id("a", 1), doc_id("a", 11), doc_id("a:1", 1), doc_id("b", 1)}) == 4
     assert doc_id("a", 1, "stream") != doc_id("a", 1, "member") == doc_id("a", 1, "none")
     assert doc_id("crawl-data/x.warc.gz", 4096) == "f4da8e010f5e910a0ff0"
+
+
+def test_the_id_that_a_page_was_selected_with_is_its_documents(data_lake: Lake) -> None:
+    selected, extracted = (
+        data_lake.table(data_lake.need("sample", stage)).to_pylist()
+        for stage in ("10_explore_index", "20_extract_text")
+    )
+    ids = {(r["warc_filename"], r["warc_record_offset"]): r["doc_id"] for r in selected}
+    assert len(set(ids.values())) == len(ids) == len(selected)
+    assert all(r["doc_id"] == doc_id(r["warc_filename"], r["warc_record_offset"]) for r in selected)
+    assert all(d["doc_id"] == ids[d["warc_filename"], d["warc_record_offset"]] for d in extracted)
+    # whoever selects a page names its document: nothing is hashed again
+    assert (
+        extracted
+        and extract_page(row(doc_id="mine"), page(b"<p>Hello</p>"), ExtractText())["doc_id"] == "mine"
+    )
+
+
+def test_a_selection_of_an_older_kit_is_refused_in_one_line(data_lake: Lake, tmp_path: Path) -> None:
+    lake, first = Lake(str(tmp_path)), data_lake.need("sample", "10_explore_index")
+    with lake.stage(ExploreIndex(lake=lake.uri)) as out:
+        out.table("part-00000", data_lake.table(first).drop_columns("doc_id"))
+        out.commit(first.counts, first.metrics)
+    with pytest.raises(LakeError, match="run stage 10 again"):
+        extract_text(ExtractText(lake=lake.uri), lake)
 
 
 def write_pages(folder: Path, n: int) -> list[dict]:
@@ -213,9 +239,7 @@ def test_files_of_two_wrappings_are_each_read_as_they_are(tmp_path: Path) -> Non
     records = [record(i, b"<p>Page number %d has a text.</p>" % i) for i in range(4)]
     parts = [gzip.compress(records[0]), gzip.compress(records[1] + records[2]), gzip.compress(records[3])]
     (tmp_path / "x.warc.gz").write_bytes(b"".join(parts))
-    rows = [
-        vars(e) | {"content_languages": None} for e in archive.scan(str(tmp_path / "x.warc.gz"), "x.warc.gz")
-    ]
+    rows = [row(**vars(entry)) for entry in archive.scan(str(tmp_path / "x.warc.gz"), "x.warc.gz")]
     assert [r["wrapping"] for r in rows] == ["member", "stream", "stream", "member"]
     assert lost(tmp_path, rows) == []
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -10,8 +11,8 @@ import pyarrow as pa
 import pytest
 
 from kit import lake as lake_module
-from kit.lake import Counts, Lake, LakeError, MissingInput, fingerprint, source_sha256
-from kit.params import ExploreIndex, ExtractText, ParamError
+from kit.lake import Account, Counts, Lake, LakeError, MissingInput, fingerprint, source_sha256
+from kit.params import ExploreIndex, ExtractText, ParamError, RefineText
 
 TABLE = pa.table({"x": [1, 2, 3]})
 
@@ -37,6 +38,65 @@ def test_records_must_add_up():
     Counts(records_in=5, created=2, records_out=4, dropped={"a": 2}, failed={"b": 1})
     with pytest.raises(ValueError, match="do not add up"):
         Counts(records_in=5, records_out=4)
+
+
+def test_accounts_of_parts_add_up_to_one_of_the_whole():
+    judged = Account.of_verdicts(["too short", None, None, "too long", "too short"])
+    assert (judged.records_in, judged.records_out) == (5, 2)
+    other = Account(4, created=1, records_out=3, failed={"timeout": 2})
+    counts = Account.total([judged, other]).counts()
+    assert (counts.records_in, counts.created, counts.records_out) == (9, 1, 5)
+    assert list(counts.dropped.items()) == [("too long", 1), ("too short", 2)], (
+        "by name: parts end in any order"
+    )
+    assert counts.failed == {"timeout": 2} and judged.failed == {}, "and the parts' own are left as they were"
+    assert list(judged.counts(by_name=False).dropped) == ["too short", "too long"]
+    with pytest.raises(ValueError, match="do not add up"):
+        Account(5, records_out=4).counts()
+
+
+def test_a_part_is_written_and_read_by_another_process(lake, tmp_path):
+    """Spark's workers import the kit and are sent a writer and a lake."""
+    with lake.stage(ExploreIndex(run="r")) as out:
+        (tmp_path / "sent").write_bytes(pickle.dumps((out.parts, lake)))
+        code = (
+            "import pickle, sys, pyarrow as pa\n"
+            "writer, lake = pickle.load(open(sys.argv[1], 'rb'))\n"
+            "made = [writer.table('part-00000', pa.table({'x': [1, 2, 3]})) for _ in range(2)]\n"
+            "assert lake.read_part(f'{writer.folder}/{made[0].path}', ['x']).num_rows == 3\n"
+            "pickle.dump(made, sys.stdout.buffer)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "sent")], capture_output=True, check=True
+        )
+        first, retried = pickle.loads(done.stdout)
+        assert first.path != retried.path and first.sha256 == retried.sha256, (
+            "a retried task overwrites nothing"
+        )
+        out.add(retried)
+        manifest = out.commit(Counts(records_in=3, records_out=3))
+    assert lake.table(manifest).equals(TABLE)
+    assert len(lake.fs.find(lake.folder("r", "10_explore_index"))) == 2, "the other one is swept"
+
+
+@pytest.mark.parametrize(
+    ("changed", "same"),
+    [({}, True), ({"min_lang_score": 0.9}, True), ({"mask_pii": False}, False), ({"cores": 1}, True)],
+)
+def test_work_is_the_same_by_parameters_inputs_and_code(lake, changed, same):
+    commit(lake)
+    with lake.stage(RefineText(run="r")) as out:
+        out.read("10_explore_index")
+        out.table("part-00000", TABLE)
+        last = out.commit(Counts(records_in=3, records_out=3))
+    with lake.stage(RefineText(run="r", **changed)) as out:
+        assert not out.same_work(last, but={"min_lang_score"}), "its input is not noted yet"
+        out.read("10_explore_index")
+        assert out.same_work(last, but={"min_lang_score"}) == same
+        other_code = last.model_copy(update={"code": last.code | {"source_sha256": "0"}})
+        assert not out.same_work(other_code, but={"min_lang_score"})
+        out.table("part-00000", TABLE)
+        out.commit(Counts(records_in=3, records_out=3))
 
 
 def test_without_a_commit_nothing_happened(lake):

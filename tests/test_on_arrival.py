@@ -303,6 +303,22 @@ def test_another_threshold_starts_from_the_intermediate(lake, pages, monkeypatch
     assert "words" in refined(lake, again)[0]["drop_reason"]
 
 
+def test_a_prefilter_asks_for_no_more_words_than_the_rule_does(lake: Lake) -> None:
+    put(
+        lake,
+        "raw/r/a.html",
+        b"<p>These few words are enough for whoever moved the bound of the rule to five.</p>",
+    )
+    strict, moved = (
+        params(lake, prefilter=True, thresholds=bounds) for bounds in ([], ["gopher_quality: words >= 5"])
+    )
+    (dropped,) = handle(event(lake, "raw/r/a.html"), strict, lake)["results"]
+    assert read_manifest(lake, dropped["commit"]).counts.dropped == {"prefilter: words": 1}
+    # another bound is another step 1, so the same version of the file is no duplicate
+    kept = chain(lake, moved, "raw/r/a.html")
+    assert "gopher_quality: words" not in refined(lake, kept)[0]["failed_rules"]
+
+
 def test_another_extractor_starts_from_the_file(lake: Lake, pages: list[bytes]) -> None:
     put(lake, "raw/r/a.html", pages[0])
     results = [chain(lake, params(lake, extractor=name), "raw/r/a.html") for name in ("auto", "resiliparse")]

@@ -127,11 +127,13 @@ def records(path: str, name: str = "") -> Iterator[Record | Damage]:
     name = name or path.rpartition("/")[2]
     with opened(path) as f:
         framer = _Framer(name, *pieces(f))
-        found = None
-        for found in _merged(framer):
-            yield found
-        if found is None:
-            yield Damage(name, 0, framer.at, "none", "no record in file" if framer.at else "empty file")
+        holds_any = False
+        for record_or_damage in _merged(framer):
+            holds_any = True
+            yield record_or_damage
+        if not holds_any:
+            size = framer.start
+            yield Damage(name, 0, size, "none", "no record in file" if size else "empty file")
 
 
 def opened(path: str) -> BinaryIO:
@@ -212,39 +214,62 @@ def _merged(found: Iterator[Record | Damage]) -> Iterator[Record | Damage]:
 
 @dataclass
 class _Member:
-    """A gzip member: where it lies among the unpacked bytes and in the file, and how many whole records it gave."""
+    """A gzip member: where it lies among the unpacked bytes and in the file, and how many whole records it gave.
 
-    at: int
-    start: int
-    end_at: int | None = None
-    end: int | None = None
-    whole: int = 0
+    An end is None until it has been read.
+    """
+
+    unpacked_start: int
+    file_start: int
+    unpacked_end: int | None = None
+    file_end: int | None = None
+    whole_records: int = 0
 
 
 class _Framer:
-    """Records out of pieces: head, `Content-Length`, end.
+    """Records out of pieces: a window moves over the unpacked bytes, and what lies at its front is a record or damage.
 
-    `buf` is a window on the unpacked bytes that begins at their `at`-th; `stop`, once set, is why nothing comes
-    behind it: the end, or a break, in the member `failed` or between two. `members` are those in the window.
+    A head says how long its record is. Often it is wrong, so what follows is looked at, and two other things tell where
+    a record begins: a gzip member that starts with a head (nearly all writers give each record a member of its own),
+    and a line that looks like a head. Where they disagree, this is believed, the first row that fits:
+
+    | the record should end        | and before that there is        | it ends         | told as               |
+    |------------------------------|---------------------------------|-----------------|-----------------------|
+    | anywhere                     | a member that starts with a head | at the member   | record cut short      |
+    | at blank lines, a head, or the last byte | –                   | there           | whole                 |
+    | at anything else             | –                               | at the next head | wrong Content-Length |
+    | behind the last byte that could be read | a line like a head   | at that line    | wrong Content-Length  |
+    | behind the last byte that could be read | –                    | at the last byte | record cut short     |
+    | nowhere: it names no length  | –                               | at the next head | no valid Content-Length |
+
+    A record that ends where bytes could not be unpacked is told by that break's reason instead, if it is not whole, or
+    if the member is corrupt: then what was unpacked before the break is not sure either.
+
+    `window` begins at the unpacked byte `start`. Once `stop` is set, nothing comes behind the window: `"end"`, or a
+    break, in the member `failed` or between two members. `members` are those that reach into the window.
     """
 
-    def __init__(self, name: str, source: Iterator[Piece], most: float, packed: bool) -> None:
-        self.name, self.source, self.most, self.packed = name, source, most, packed
-        self.buf, self.at = bytearray(), 0
+    def __init__(self, name: str, source: Iterator[Piece], most_bytes: float, packed: bool) -> None:
+        self.name, self.source = name, source
+        self.most_bytes = most_bytes
+        """What the file can unpack to at most: no record is longer, whatever its head says."""
+        self.packed = packed
+        self.window = bytearray()
+        self.start = 0
         self.members: deque[_Member] = deque()
         self.stop: Break | str | None = None
         self.failed: _Member | None = None
 
     def __iter__(self) -> Iterator[Record | Damage]:
         while True:
-            if self.buf:
+            if self.window:
                 yield from self._next()
             elif isinstance(self.stop, Break):
                 yield self._cross(self.stop)
             elif self.stop or (piece := next(self.source, None)) is None:
                 return
             elif record := self._alone(piece):
-                self.at += len(piece.data)
+                self.start += len(piece.data)
                 yield record
             else:
                 self._push(piece)
@@ -265,173 +290,205 @@ class _Framer:
         return Record(head, data[head.size : end], self.name, *place)
 
     def _push(self, piece: Piece) -> None:
+        """A piece behind the window; what it says of its member and of a break is noted."""
         if piece.start is not None:
-            self.members.append(_Member(self.at + len(self.buf), piece.start))
-        self.buf += piece.data
-        member = None
+            self.members.append(_Member(self.start + len(self.window), piece.start))
+        self.window += piece.data
+        ended = None
         if piece.end is not None:
-            member = self.members[-1]
-            member.end_at, member.end = self.at + len(self.buf), piece.end
-        self.stop, self.failed = piece.broken, member if piece.broken else None
+            ended = self.members[-1]
+            ended.unpacked_end = self.start + len(self.window)
+            ended.file_end = piece.end
+        self.stop = piece.broken
+        # a break between members ends none, and then no member has failed
+        self.failed = ended if piece.broken else None
 
     def _fill(self, size: int) -> bool:
         """Whether the window holds `size` bytes, as far as they come before a break or the end."""
-        while len(self.buf) < size and not self.stop:
+        while len(self.window) < size and not self.stop:
             piece = next(self.source, None)
             if piece:
                 self._push(piece)
             else:
                 self.stop = "end"
-        return len(self.buf) >= size
+        return len(self.window) >= size
 
     def _drop(self, size: int) -> None:
-        del self.buf[:size]
-        self.at += size
-        while self.members and (end := self.members[0].end_at) is not None and end <= self.at:
+        """Move the window on by `size` bytes, and let go of the members that lie before it."""
+        del self.window[:size]
+        self.start += size
+        while self.members:
+            end = self.members[0].unpacked_end
+            if end is None or end > self.start:
+                break
             self.members.popleft()
 
     def _skip_blank(self) -> None:
-        if blank := BLANK.match(self.buf).end():
-            if self.members and self.members[0].at == self.at:
-                self.members[0].at += blank  # so that a record behind blank lines still begins its member
+        blank = BLANK.match(self.window).end()
+        if blank:
+            if self.members and self.members[0].unpacked_start == self.start:
+                # so that a record behind blank lines still begins its member
+                self.members[0].unpacked_start += blank
             self._drop(blank)
 
     def _cross(self, broken: Break) -> Damage:
-        """Over a break: what it is told as."""
-        offset = self.failed.start if self.failed and not self.failed.whole else broken.offset
+        """The damage that a break is told as; reading goes on behind it."""
+        nothing_whole = self.failed and not self.failed.whole_records
+        offset = self.failed.file_start if nothing_whole else broken.offset
         self.members.clear()
         self.stop = self.failed = None
         return Damage(self.name, offset, broken.end - offset, "member", broken.reason)
 
     def _next(self) -> Iterator[Record | Damage]:
-        """The record or the damage at the front of the window, where no blank line is."""
-        head, seen = find_head(self.buf), 0
-        while isinstance(head, str) and seen < len(self.buf) < HEAD_BYTES:
-            seen = len(self.buf)
-            self._fill(2 * seen)
-            head = find_head(self.buf)
+        """The record or the damage at the front of the window, where no blank line is; see the table above."""
+        head = self._head()
         if isinstance(head, str):
-            end = self._next_head(1)
-            raw = bytes(self.buf[: min(end, HEAD_BYTES)])
-            if head == "record head without end" and raw.strip().count(b"\n") and end <= HEAD_BYTES:
-                yield from self._record(Head(raw, end, 0), end, head)
-            else:
-                yield from self._lost(end, head)
+            yield from self._without_head(head)
             return
-        end, reason = head.size + (head.length or 0), None
-        if KEEP < end <= self.most - self.at:
+        end = head.size + (head.length or 0)
+        reason = None
+        if KEEP < end <= self.most_bytes - self.start:
             yield from self._long(head)
             return
         if head.length is None:
             reason = "no valid Content-Length"
-        elif self.at + end > self.most or not self._fill(end):
+        elif self.start + end > self.most_bytes or not self._fill(end):
             reason = "record cut short"
         elif not self._ends(end):
             reason = "wrong Content-Length"
-        if inner := self._member_head(1, min(end, len(self.buf))):
+        if inner := self._member_head(1, min(end, len(self.window))):
             end, reason = inner, "record cut short"
         elif reason:
             end = self._next_head(head.size)
-            if end < len(self.buf) and reason == "record cut short":
+            # a head behind it says that the file went on: not the record is short, its length is wrong
+            if end < len(self.window) and reason == "record cut short":
                 reason = "wrong Content-Length"
         yield from self._record(head, end, reason)
 
+    def _head(self) -> Head | str:
+        """The head at the front of the window, which may have to grow for it, or why there is none."""
+        head = find_head(self.window)
+        tried = 0
+        while isinstance(head, str) and tried < len(self.window) < HEAD_BYTES:
+            tried = len(self.window)
+            self._fill(2 * tried)
+            head = find_head(self.window)
+        return head
+
+    def _without_head(self, reason: str) -> Iterator[Record | Damage]:
+        """What has no head up to the next one: damage, or a record whose head has lost its end but says something."""
+        end = self._next_head(1)
+        raw = bytes(self.window[: min(end, HEAD_BYTES)])
+        has_fields = raw.strip().count(b"\n")
+        if reason == "record head without end" and has_fields and end <= HEAD_BYTES:
+            yield from self._record(Head(raw, end, 0), end, reason)
+        else:
+            yield from self._lost(end, reason)
+
     def _record(self, head: Head, end: int, reason: str | None) -> Iterator[Record | Damage]:
         """The record that the window holds up to `end`, its damage behind it; the window moves on."""
-        broke = isinstance(self.stop, Break) and BLANK.match(self.buf, end).end() == len(self.buf)
-        if broke and (reason or self.stop.reason == "gzip member corrupt"):
+        at_break = isinstance(self.stop, Break) and BLANK.match(self.window, end).end() == len(self.window)
+        if at_break and (reason or self.stop.reason == "gzip member corrupt"):
             reason = self.stop.reason
-        size = head.length if head.length is not None else end
-        with memoryview(self.buf) as window:
-            block = bytes(window[head.size : min(end, head.size + size)])
+        length = head.length if head.length is not None else end
+        with memoryview(self.window) as window:
+            block = bytes(window[head.size : min(end, head.size + length)])
         member = self.members[0] if self.members else None
-        place = self._place(member, self.at, end)
+        place = self._place(member, self.start, end)
         if member and not reason:
-            member.whole += 1
+            member.whole_records += 1
         self._drop(end)
         yield Record(head, block, self.name, *place, damage=reason)
-        if reason and not broke:
+        # where it broke, the break itself comes next and tells of the same bytes
+        if reason and not at_break:
             yield Damage(self.name, *place, reason)
 
     def _long(self, head: Head) -> Iterator[Record | Damage]:
         """A record too long to keep: its block is read and let go, up to where a member begins with a head."""
         self._fill(head.size + HEAD_BYTES)
-        start, block = self.at, bytes(self.buf[head.size : head.size + HEAD_BYTES])
+        start = self.start
+        block = bytes(self.window[head.size : head.size + HEAD_BYTES])
         member = self.members[0] if self.members else None
         self._drop(head.size)
-        digest, left, reason = hashlib.sha1(), head.length, None
+        digest = hashlib.sha1()
+        left = head.length
         while left and self._fill(1) and self._member_head(0, 1) is None:
-            size = min(left, len(self.buf))
+            size = min(left, len(self.window))
             size = self._member_head(1, size) or size
-            digest.update(bytes(self.buf[:size]))
+            digest.update(bytes(self.window[:size]))
             self._drop(size)
             left -= size
+        reason = None
         if left:
             reason = self.stop.reason if isinstance(self.stop, Break) else "record cut short"
         elif not self._ends(0):
             reason = "wrong Content-Length"
         place = self._place(member, start, 0)
         if member and not reason:
-            member.whole += 1
-        told = b32encode(digest.digest()).decode()
-        yield Record(head, block, self.name, *place, damage=reason, long_digest=told)
+            member.whole_records += 1
+        long_digest = b32encode(digest.digest()).decode()
+        yield Record(head, block, self.name, *place, damage=reason, long_digest=long_digest)
         if reason and not isinstance(self.stop, Break):
             yield Damage(self.name, *place, reason)
 
     def _lost(self, end: int, reason: str) -> Iterator[Damage]:
         """The window up to `end` as damage, unless it is of a broken member that is told from its start on."""
-        failed, at = self.failed, self.at
+        failed, start = self.failed, self.start
         self._drop(end)
-        if not (failed and not failed.whole and failed.at <= at and not self.buf):
-            yield Damage(self.name, at, end, "stream" if self.packed else "none", reason)
+        told_by_break = (
+            failed and not failed.whole_records and failed.unpacked_start <= start and not self.window
+        )
+        if not told_by_break:
+            yield Damage(self.name, start, end, "stream" if self.packed else "none", reason)
 
     def _place(self, member: _Member | None, start: int, end: int) -> tuple[int, int, str]:
         """Offset, length and wrapping of the record from `start` up to the window's `end`; it may fill `member`."""
-        if member and member.at == start:
-            blank = BLANK.match(self.buf, end).end()
-            while member.end_at is None and blank == len(self.buf) and self._fill(blank + 1):
-                blank = BLANK.match(self.buf, blank).end()
-            if member.end_at is not None and end <= member.end_at - self.at <= blank:
-                return member.start, member.end - member.start, "member"
-        return start, self.at + end - start, "stream" if self.packed else "none"
+        if member and member.unpacked_start == start:
+            blank = BLANK.match(self.window, end).end()
+            # blank lines may go on in the next piece of the same member
+            while member.unpacked_end is None and blank == len(self.window) and self._fill(blank + 1):
+                blank = BLANK.match(self.window, blank).end()
+            if member.unpacked_end is not None and end <= member.unpacked_end - self.start <= blank:
+                return member.file_start, member.file_end - member.file_start, "member"
+        return start, self.start + end - start, "stream" if self.packed else "none"
 
     def _ends(self, end: int) -> bool:
         """Whether a record that should end at `end` does: blank lines, another head or nothing follow."""
-        self._fill(end + 6)
-        if BLANK_LINES.match(self.buf, end):
+        self._fill(end + 6)  # two line ends of three bytes are what `BLANK_LINES` can need
+        if BLANK_LINES.match(self.window, end):
             return True
         self._fill(end + HEAD_BYTES)
-        blank = BLANK.match(self.buf, end).end()
-        return blank == len(self.buf) or bool(START.match(self.buf, blank))
+        blank = BLANK.match(self.window, end).end()
+        return blank == len(self.window) or bool(START.match(self.window, blank))
 
     def _member_head(self, low: int, high: int) -> int | None:
         """Where in the window, from `low` to before `high`, a member begins with a record head."""
         for member in self.members:
-            place = member.at - self.at
+            place = member.unpacked_start - self.start
             if place >= high:
                 break
-            if place >= low and START.match(self.buf, place):
+            if place >= low and START.match(self.window, place):
                 return place
         return None
 
     def _next_head(self, begin: int) -> int:
         """Where in the window the next head is, at `begin` or behind; else how far the window goes."""
-        seen = begin - 1
+        searched = begin - 1  # the line end before a head belongs to what is searched for
         while True:
-            match = NEXT_HEAD.search(self.buf, seen)
-            found = match.end() if match else len(self.buf)
-            for member in reversed(
-                self.members
-            ):  # a window may hold very many: only the new ones are looked at
-                place = member.at - self.at
-                if place < max(begin, seen):
+            match = NEXT_HEAD.search(self.window, searched)
+            nearest = match.end() if match else len(self.window)
+            # the window may hold very many members: only those are looked at that came with the last piece
+            for member in reversed(self.members):
+                place = member.unpacked_start - self.start
+                if place < max(begin, searched):
                     break
-                if place < found and START.match(self.buf, place):
-                    found = place
-            if found < len(self.buf):
-                return found
-            size = len(self.buf)
-            seen = max(size - OVERLAP, seen)
+                if place < nearest and START.match(self.window, place):
+                    nearest = place
+            if nearest < len(self.window):
+                return nearest
+            size = len(self.window)
+            # a head that begins in the last bytes is not whole yet, so they are searched again
+            searched = max(size - OVERLAP, searched)
             self._fill(size + OVERLAP)
-            if size >= KEEP or size == len(self.buf):
-                return len(self.buf)
+            if size >= KEEP or size == len(self.window):
+                return len(self.window)

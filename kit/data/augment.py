@@ -31,7 +31,7 @@ from pyspark.sql.types import ArrayType, StringType, StructType
 
 from kit import KitError
 from kit.data.spark import plan, run_tasks
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.lake import Account, Lake, Manifest
 from kit.params import AugmentText, ParamError
 
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
@@ -203,21 +203,20 @@ def augment_text(p: AugmentText, lake: Lake) -> Manifest:
         raise ParamError(f"parameter 'operations': no {unknown}; there are {', '.join(OPERATIONS)}")
     with lake.stage(p) as out:
         tasks = list(enumerate(train_shares(lake, out.read("50_build_datasets"), p.part_mb)))
-        lake_uri, folder, attempt = lake.uri, out.base, out.attempt
+        writer = out.parts
 
         def work(task: tuple[int, tuple[str, int, int]]) -> dict[str, Any]:
             number, (path, *rows) = task
-            given = pq.read_table(path, filesystem=Lake(lake_uri).fs, partitioning=None).slice(*rows)
+            given = lake.read_part(path).slice(*rows)
             made, lost = augment_rows(given.to_pylist(), p)
             table = pa.Table.from_pylist(made, schema=pa.schema([*given.schema, *ADDED]))
-            output = write_table(lake_uri, folder, attempt, f"train-{number:05d}", table).model_dump()
-            return {"done": given.num_rows, "lost": lost, "output": output}
+            created = given.num_rows * len(p.operations) * p.copies
+            account = Account(given.num_rows, created, table.num_rows, lost)
+            output = writer.table(f"train-{number:05d}", table)
+            return {"done": given.num_rows, "account": account, "output": output}
 
         results = run_tasks(p, work, [(t[1][2], t) for t in tasks], "augment", "rows")
-        for r in results:
-            out.add(Output(**r["output"]))
-        rows_in, rows_out = sum(r["done"] for r in results), sum(r["output"]["rows"] for r in results)
-        lost = dict(sorted(sum((r["lost"] for r in results), Counter()).items()))
-        created = rows_in * len(p.operations) * p.copies
-        counts = Counts(records_in=rows_in, created=created, records_out=rows_out, dropped=lost)
+        for result in results:
+            out.add(result["output"])
+        counts = Account.total(result["account"] for result in results).counts()
         return out.commit(counts, {"words_with_synonyms": len(thesaurus())})

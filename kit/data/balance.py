@@ -19,25 +19,29 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from pyspark import StorageLevel
+from pyspark import Broadcast, StorageLevel
+from pyspark.core.rdd import RDD
 from tokenizers import Tokenizer
 
 from kit import resolve
 from kit.data.augment import train_shares
-from kit.data.packing import best_fit, write_rows
+from kit.data.packing import Slices, best_fit, write_rows
 from kit.data.spark import collect, run_tasks, session
-from kit.lake import Counts, Lake, LakeError, Manifest, Output
+from kit.lake import Account, Lake, LakeError, Manifest, StageWriter
 from kit.params import BalanceTokenization, ParamError
 from kit.show import progress
 
 Share = tuple[str, int, int]
+"""Path of a file of training rows, first row, number of rows."""
+Probe = tuple[list[int], int, int]
+"""Bytes of a text's pieces, and the tokens and the bytes of its slices."""
 CUTTING = ("huffman", "longest_first")
 """Methods that cut long texts; the others spread whole texts, as they commonly do."""
 GROUPS = 256
@@ -112,14 +116,14 @@ def slices(text: str) -> list[str]:
     return [text[start : start + size // n] for start in starts] if len(text) > size else [text]
 
 
-def probe(tokenizer: Tokenizer, pieces: list[str]) -> tuple[list[int], int, int]:
+def probe(tokenizer: Tokenizer, pieces: list[str]) -> Probe:
     """Of a text in pieces: their bytes, and the tokens and bytes of its slices."""
     taken = slices("".join(pieces))
     sizes = [[len(x.encode("utf-8", "replace")) for x in xs] for xs in (pieces, taken)]
     return sizes[0], sum(map(len, encode(tokenizer, taken))), sum(sizes[1])
 
 
-def estimate(probes: Sequence[tuple[list[int], int, int]]) -> np.ndarray:
+def estimate(probes: Sequence[Probe]) -> np.ndarray:
     """Expected tokens of every piece of texts that were probed."""
     tokens, of_bytes = np.array([x[1:] for x in probes], float).T
     ratio = (tokens + PRIOR * tokens.sum() / of_bytes.sum()) / (of_bytes + PRIOR)
@@ -171,6 +175,71 @@ def loads_by_method(loads: pa.Table, k: int) -> dict[str, np.ndarray]:
     return found
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The training texts as every task reads them: whole, or cut where that leaves the tokens as they are."""
+
+    lake: Lake
+    cutting: bool
+    piece_bytes: int
+    """Longest piece of a text that is cut, as far as the text has bounds."""
+
+    def of(self, share: Share) -> Iterator[tuple[str, list[str]]]:
+        """`(row_id, pieces)` of every text of a share that is not empty."""
+        path, first_row, n_rows = share
+        table = self.lake.read_part(path).slice(first_row, n_rows)
+        for row in table.select(["row_id", "prompt", "completion"]).to_pylist():
+            text = (row["prompt"] or "") + (row["completion"] or "")
+            if text:
+                characters = self.piece_bytes * len(text) // len(text.encode("utf-8", "replace"))
+                yield row["row_id"], cut(text, max(characters, 1)) if self.cutting else [text]
+
+
+def measure_texts(
+    p: BalanceTokenization, texts: Texts, shares: list[Share], tokenizer: Broadcast[str]
+) -> tuple[list[str], list[Probe], list[int]]:
+    """`row_id` and `probe` of every text, and the number of the first piece of each share."""
+
+    def measure(share: Share) -> dict[str, Any]:
+        probed = [(key, probe(load_tokenizer(tokenizer.value), pieces)) for key, pieces in texts.of(share)]
+        return {"done": share[2], "texts": probed}
+
+    results = run_tasks(p, measure, [(share[2], share) for share in shares], "measure", "texts")
+    keys, probes = zip(*(probed for result in results for probed in result["texts"]), strict=True)
+    n_pieces = [sum(len(sizes) for _, (sizes, *_) in result["texts"]) for result in results]
+    return list(keys), list(probes), [0, *accumulate(n_pieces)]
+
+
+def tokenise(
+    pieces: RDD, partitions: int, tokenizer: Broadcast[str], end: int, n_pieces: int
+) -> tuple[RDD, list[float], np.ndarray]:
+    """Token ids of all pieces, on the workers' disks; seconds of each partition; tokens of each piece.
+
+    `pieces` holds `(partition, (number of the piece, text, whether it ends its text))`, the result for each partition
+    `(seconds, [(number, ids as int32)])`; behind a text's last piece comes the token `end`.
+    """
+    done = pieces.context.accumulator(0)
+
+    def work(items: Iterable[Any]) -> Iterator[tuple[float, list[tuple[int, np.ndarray]]]]:
+        mine = [piece for _, piece in items]
+        started = time.perf_counter()
+        ids = encode(load_tokenizer(tokenizer.value), [text for _, text, _ in mine])
+        seconds = time.perf_counter() - started
+        done.add(len(mine))
+        ended = [own + [end] * last for own, (*_, last) in zip(ids, mine, strict=True)]
+        yield (
+            seconds,
+            [(number, np.array(own, np.int32)) for own, (number, *_) in zip(ended, mine, strict=True)],
+        )
+
+    tokenised = pieces.partitionBy(partitions, int).mapPartitions(work).persist(StorageLevel.DISK_ONLY)
+    with progress(n_pieces, "tokenise", "pieces") as bar:
+        lengths = tokenised.map(lambda part: (part[0], [(number, len(ids)) for number, ids in part[1]]))
+        counted = collect(lengths, done, bar)
+    n_tokens = sorted(piece for _, counts in counted for piece in counts)
+    return tokenised, [seconds for seconds, _ in counted], np.array([n for _, n in n_tokens])
+
+
 def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str) -> Manifest:
     """Training rows → `part-…`, rows of `packing.ROW`, and `loads`: what each piece of a text cost, and where.
 
@@ -183,78 +252,64 @@ def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str
     with lake.stage(p) as out:
         out.read_outside(tokenizer_file)
         shares = train_shares(lake, out.read("50_build_datasets"), p.part_mb)
-        about = 3 * sum(lake.fs.size(path) for path in {path for path, *_ in shares})  # bytes, uncompressed
-        limit = max(about // (p.partitions * GROUPS), SLICE)
-        context, lake_uri = session(p).sparkContext, lake.uri
-        sent, done = context.broadcast(source), context.accumulator(0)
-
-        def texts(share: Share) -> Iterator[tuple[str, list[str]]]:
-            table = pq.read_table(share[0], filesystem=Lake(lake_uri).fs, partitioning=None)
-            for row in table.slice(*share[1:]).select(["row_id", "prompt", "completion"]).to_pylist():
-                if text := (row["prompt"] or "") + (row["completion"] or ""):
-                    most = max(limit * len(text) // len(text.encode("utf-8", "replace")), 1)
-                    yield row["row_id"], cut(text, most) if cutting else [text]
-
-        def measure(share: Share) -> dict[str, Any]:
-            told = [(key, probe(load_tokenizer(sent.value), found)) for key, found in texts(share)]
-            return {"done": share[2], "texts": told}
-
-        sized = [(share[2], share) for share in shares]
-        measured = [r["texts"] for r in run_tasks(p, measure, sized, "measure", "texts")]
-        keys, probes = zip(*(x for each in measured for x in each), strict=True)
-        owner = np.repeat(np.arange(len(keys)), [len(x[0]) for x in probes])
+        about_bytes = 3 * sum(lake.fs.size(path) for path in {path for path, *_ in shares})  # uncompressed
+        texts = Texts(lake, cutting, max(about_bytes // (p.partitions * GROUPS), SLICE))
+        context = session(p).sparkContext
+        tokenizer = context.broadcast(source)
+        keys, probes, first_piece = measure_texts(p, texts, shares, tokenizer)
+        owner = np.repeat(np.arange(len(keys)), [len(sizes) for sizes, *_ in probes])  # each piece's text
         estimated = estimate(probes)
         parts = assign(p.balance, [keys[i] for i in owner], estimated.tolist(), p.partitions)
-        first = [0, *accumulate(sum(len(x[0]) for _, x in each) for each in measured)]
 
         def spread(task: tuple[int, Share]) -> Iterator[tuple[int, tuple[int, str, bool]]]:
-            at = first[task[0]]
-            for _, found in texts(task[1]):
-                for i, text in enumerate(found, 1):
-                    yield parts[at], (at, text, i == len(found))
-                    at += 1
-
-        def tokenise(items: Iterable[Any]) -> Iterator[tuple[float, list[tuple[int, np.ndarray]]]]:
-            mine = [piece for _, piece in items]
-            started = time.perf_counter()
-            ids = encode(load_tokenizer(sent.value), [text for _, text, _ in mine])
-            seconds = time.perf_counter() - started
-            done.add(len(mine))
-            ended = [x + [end] * last for x, (*_, last) in zip(ids, mine, strict=True)]
-            yield seconds, [(at, np.array(x, np.int32)) for x, (at, *_) in zip(ended, mine, strict=True)]
+            number = first_piece[task[0]]
+            for _, pieces in texts.of(task[1]):
+                for i, text in enumerate(pieces, 1):
+                    yield parts[number], (number, text, i == len(pieces))
+                    number += 1
 
         started = time.perf_counter()
         pieces = context.parallelize(list(enumerate(shares)), len(shares)).flatMap(spread)
-        made = pieces.partitionBy(p.partitions, int).mapPartitions(tokenise).persist(StorageLevel.DISK_ONLY)
-        with progress(len(owner), "tokenise", "pieces") as bar:
-            told = collect(made.map(lambda x: (x[0], [(at, len(ids)) for at, ids in x[1]])), done, bar)
-        wall, spent = time.perf_counter() - started, [seconds for seconds, _ in told]
-        seconds = {"tokenise": wall, "slowest partition": max(spent), "all partitions": sum(spent)}
-        tokens = np.array([n for _, n in sorted(x for _, counted in told for x in counted)])
-        whole = np.bincount(owner, tokens).astype(int)
-        begins = np.cumsum(tokens) - tokens - (np.cumsum(whole) - whole)[owner]
-        size, rows = p.packed_tokens, best_fit(whole.tolist(), p.packed_tokens)
-        written = write_rows(
-            made.flatMap(lambda x: x[1]), rows, keys, list(zip(owner.tolist(), begins.tolist(), strict=True)),
-            end, size, max(int(p.part_mb * 5e5 / size), 1), out,
-        )  # fmt: skip
-        made.unpersist()
-        if sum(x["tokens"] for x in written) != tokens.sum():
-            raise LakeError("not every token that was made was packed")
-        for x in written:
-            out.add(Output(**x["output"]))
+        tokenised, spent, tokens = tokenise(pieces, p.partitions, tokenizer, end, len(owner))
+        wall = time.perf_counter() - started
+        whole = np.bincount(owner, tokens).astype(int)  # tokens of each text
+        rows = best_fit(whole.tolist(), p.packed_tokens)
+        _write_packed(p, out, tokenised, rows, keys, owner, tokens, end)
+        tokenised.unpersist()
         columns = [[keys[i] for i in owner], estimated.round().astype(int), tokens, parts]
         out.table("loads", pa.table(columns, ["row_id", "estimated", "tokens", "partition"]))
-        given, packed = sum(s[2] for s in shares), sum(map(len, rows))
-        gone = {"no text": given - len(keys), "packed with others": packed - len(rows)}
-        counts = Counts(
-            records_in=given, created=packed - len(keys), records_out=len(rows), dropped=+Counter(gone)
-        )
-        ways = [("a row each", (-(-whole // size)).sum()), ("in order", -(-tokens.sum() // size))]
-        ways.append(("best fit", len(rows)))
+        given, packed = sum(n_rows for *_, n_rows in shares), sum(map(len, rows))
+        gone = Counter({"no text": given - len(keys), "packed with others": packed - len(rows)})
+        account = Account(given, packed - len(keys), len(rows), gone)
+        seconds = {"tokenise": wall, "slowest partition": max(spent), "all partitions": sum(spent)}
         loads = np.bincount(parts, tokens, p.partitions)
-        return out.commit(counts, {
+        return out.commit(account.counts(), {
             "tokens": int(tokens.sum()), "pieces": len(owner), "max_over_mean": round(float(loads.max() / loads.mean()), 4),
-            "seconds": {name: round(x, 3) for name, x in seconds.items()},
-            "padding": {name: round(float(1 - tokens.sum() / (n * size)), 4) for name, n in ways},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "padding": _padding(whole, len(rows), p.packed_tokens),
         })  # fmt: skip
+
+
+def _write_packed(
+    p: BalanceTokenization, out: StageWriter, tokenised: RDD, rows: list[Slices], keys: list[str], owner: np.ndarray,
+    tokens: np.ndarray, end: int,
+) -> None:  # fmt: skip
+    """Write the packed rows; raises `LakeError` where a token is missing in them."""
+    whole = np.bincount(owner, tokens).astype(int)
+    # where each piece begins in its text: tokens of all pieces before it, less those of all texts before its own
+    begins = np.cumsum(tokens) - tokens - (np.cumsum(whole) - whole)[owner]
+    places = list(zip(owner.tolist(), begins.tolist(), strict=True))
+    rows_per_part = max(int(p.part_mb * 5e5 / p.packed_tokens), 1)
+    pieces = tokenised.flatMap(lambda part: part[1])
+    written = write_rows(pieces, rows, keys, places, end, p.packed_tokens, rows_per_part, out)
+    if sum(part["tokens"] for part in written) != tokens.sum():
+        raise LakeError("not every token that was made was packed")
+    for part in written:
+        out.add(part["output"])
+
+
+def _padding(whole: np.ndarray, n_rows: int, size: int) -> dict[str, float]:
+    """Share of tokens that is padding, by three ways to pack texts of `whole` tokens into rows of `size`."""
+    total = whole.sum()
+    ways = {"a row each": (-(-whole // size)).sum(), "in order": -(-total // size), "best fit": n_rows}
+    return {name: round(float(1 - total / (n * size)), 4) for name, n in ways.items()}

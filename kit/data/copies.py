@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from kit.data import minhash
 from kit.data.spark import plan
-from kit.lake import Lake
+from kit.lake import Lake, PartWriter
 from kit.params import Deduplicate
 
 EXACT = {"url": "same URL", "payload": "same payload", "text": "same text"}
@@ -52,15 +52,14 @@ class Job:
 
     p: Deduplicate
     lake: Lake
-    folder: str
-    attempt: str
+    writer: PartWriter
     groups: list[list[str]]
     parts: int
     """Output parts: they depend on the number of documents alone."""
 
     def file(self, kind: str, group: int) -> str:
         """A file that lives until the commit: the lake sweeps what no manifest lists."""
-        return f"{self.folder}/{self.attempt}-{kind}-{group}"
+        return f"{self.writer.folder}/{self.writer.attempt}-{kind}-{group}"
 
     def documents(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The documents of a group that moved on so far, always in the same order."""

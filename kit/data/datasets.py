@@ -19,13 +19,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kit.data import formats
 from kit.data.boilerplate import boilerplate_lines, without_boilerplate
-from kit.data.formats import FORMATS, ROW, Account, Made, Row, fold, jsonl, row_id
+from kit.data.formats import FORMATS, ROW, Made, Row, fold, jsonl, row_id
 from kit.data.preferences import PAIR, build_pairs
-from kit.lake import Input, Lake, LakeError, Manifest, StageWriter
+from kit.lake import Account, Input, Lake, LakeError, Manifest, StageWriter
 from kit.params import BuildDatasets, ParamError, nearest
 from kit.show import printable
 
@@ -102,7 +101,8 @@ def split_rows(made: Iterable[Made], splits: Splits, account: Account) -> Iterat
     """The rows with `group` and `split`, each text once, noted in `account`: records in + rows created = out + lost."""
     seen: set[str] = set()
     for found in made:
-        for row in account.note(found).rows:
+        formats.note(account, found)
+        for row in found.rows:
             row["group"] = splits.groups.find(row["keys"][0])
             row["split"] = "heldout" if row["group"] in splits.heldout else "train"
             key = row_id(row["prompt"], row["completion"])
@@ -122,9 +122,7 @@ def read_documents(
     """Documents that refining and deduplication kept (`kept`: doc_id → cluster_id), one part in memory at a time."""
     ids = pa.array(list(kept), pa.string())
     for path in lake.paths(refined, "part"):
-        table = pq.read_table(
-            path, columns=["doc_id", "url", "host", "lang", *columns], filesystem=lake.fs, partitioning=None
-        )
+        table = lake.read_part(path, ["doc_id", "url", "host", "lang", *columns])
         for doc in table.filter(pc.is_in(table["doc_id"], ids)).to_pylist():
             yield doc | {"cluster_id": kept[doc["doc_id"]]}
 
@@ -297,7 +295,7 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
         written = {x: sum(shards.rows[f"{x}-{s}.jsonl"] for s in SPLITS) for x in p.formats}
         metrics = {s: shards.rows[f"{s}.parquet"] for s in SPLITS} | {"pairs": len(pairs), "formats": written}
         return out.commit(
-            account.counts(), metrics | {"pair_counts": told.model_dump(), "pair_report": report}
+            account.counts(by_name=False), metrics | {"pair_counts": told.model_dump(), "pair_report": report}
         )
 
 

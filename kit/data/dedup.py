@@ -44,7 +44,7 @@ from kit.data.copies import (
 )  # fmt: skip
 from kit.data.minhash import mix
 from kit.data.spark import SparkError, collect, plan, session
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.lake import Account, Lake, Manifest, Output
 from kit.params import Deduplicate
 from kit.show import progress
 
@@ -89,7 +89,7 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
         share = sum(sizes) / context.defaultParallelism * 1.05
         most = max(min(share, MOST_GROUP_BYTES), LEAST_GROUP_BYTES)
         groups = [[paths[i] for i in share] for share in plan(sizes, most)]
-        job = Job(p, lake, out.base, out.attempt, groups, -(-n_docs // ROWS_PER_PART))
+        job = Job(p, lake, out.parts, groups, -(-n_docs // ROWS_PER_PART))
         numbers, n = context.parallelize(range(len(groups)), len(groups)), len(groups)
         done = context.accumulator(0)
 
@@ -115,12 +115,9 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
                 results += collect(_boilerplate(job, decided, n), done, bar)
             verified.unpersist()
             decided.unpersist()
-        reasons: Counter[str | None] = Counter()
-        for output, found in results:
-            out.add(Output(**output))
-            reasons.update(found)
-        kept = reasons.pop(None, 0)
-        counts = Counts(records_in=n_docs, records_out=kept, dropped=dict(sorted(reasons.items())))
+        for output, _ in results:
+            out.add(output)
+        counts = Account.total(account for _, account in results).counts()
         rules = {"survivor_rule": p.survivor, "min_jaccard": p.min_jaccard}
         return out.commit(counts, rules | {"pairs_compared": compared, "pairs_joined": n_joined})
 
@@ -210,7 +207,7 @@ def _placed(job: Job, group: int, verdicts: Iterable[np.ndarray]) -> Iterator[Bl
         yield from split(rows, identity(ids) % np.uint64(job.parts))
 
 
-def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Any, Counter[str | None]]]:
+def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
     """One output part; documents without a verdict are alone."""
     arrays = [rows for _, rows in blobs]
     ids = np.sort(joined((x for x in arrays if x.dtype == ID), np.dtype(ID)))
@@ -221,10 +218,11 @@ def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[
     keep = pa.array(made["reason"] == 0)
     doc, cluster, survivor = (_strings(made[x]) for x in ("doc_id", "cluster_id", "survivor"))
     columns = [doc, cluster, keep, reasons, survivor, made["jaccard"].astype(np.float32)]
-    yield _written(job, f"part-{number:05d}", pa.table(columns, schema=CLUSTER)), Counter(reasons.to_pylist())
+    output = job.writer.table(f"part-{number:05d}", pa.table(columns, schema=CLUSTER))
+    yield output, Account.of_verdicts(reasons.to_pylist())
 
 
-def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Any, Counter[str | None]]]:
+def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Output, Account]]:
     """At most `PAIRS_KEPT` of the pairs that are close, the same ones however the work is cut."""
     kept = None
     for _, edges in found:
@@ -233,7 +231,7 @@ def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Any, Counter[
         kept = kept[(identity(kept["a_id"]) ^ mix(identity(kept["b_id"]))).argsort()[:PAIRS_KEPT]]
     kept = kept[np.lexsort((kept["b_id"], kept["a_id"]))]
     columns = [_strings(kept["a_id"]), _strings(kept["b_id"]), kept["jaccard"].astype(np.float32)]
-    yield _written(job, "pairs", pa.table(columns, schema=NEAR)), Counter()
+    yield job.writer.table("pairs", pa.table(columns, schema=NEAR)), Account()
 
 
 def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
@@ -252,10 +250,10 @@ def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
         shares = identity(np.array([x["host"].encode() for x in found], "S256")) % np.uint64(job.parts)
         return zip(shares.tolist(), found, strict=True)
 
-    def write(number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Any, Counter[str | None]]]:
+    def write(number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
         if found := sorted((x for _, x in blobs), key=lambda x: (x["host"], x["line"])):
             table = pa.Table.from_pylist(found, schema=BOILERPLATE)
-            yield _written(job, f"boilerplate-{number:05d}", table), Counter()
+            yield job.writer.table(f"boilerplate-{number:05d}", table), Account()
 
     gone = decided.flatMap(lambda rows: split(rows := rows[rows["reason"] > 0], rows["doc"] >> 32))
     sums = _to(_to(gone, n).mapPartitionsWithIndex(counted), n).mapPartitions(summed)
@@ -265,7 +263,3 @@ def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
 
 def _strings(ids: np.ndarray) -> pa.Array:
     return pa.array(np.ascontiguousarray(ids), pa.binary()).cast(pa.string())
-
-
-def _written(job: Job, name: str, table: pa.Table) -> dict[str, Any]:
-    return write_table(job.lake.uri, job.folder, job.attempt, name, table).model_dump()

@@ -8,11 +8,8 @@ child process (`guard`), so one that hangs, explodes or crashes a parser costs i
 from __future__ import annotations
 
 import gc
-import hashlib
 import io
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from itertools import groupby
@@ -21,7 +18,6 @@ from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 from selectolax.lexbor import LexborHTMLParser
 
 from kit import resolve
@@ -30,8 +26,9 @@ from kit.data import page as pages
 from kit.data import rows as row_files
 from kit.data.archive import ArchiveError, Page, RecordError
 from kit.data.language import detect_language
-from kit.data.spark import plan, run_tasks
-from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
+from kit.data.rate import run_at_rate
+from kit.data.spark import plan
+from kit.lake import Account, Lake, LakeError, Manifest, Output, PartWriter, StageWriter
 from kit.params import ExtractText
 
 IMAGE = pa.struct([(n, pa.string()) for n in ("src", "alt", "caption", "context")])
@@ -88,15 +85,6 @@ DROPPED = ("no text", "prefilter: language", "prefilter: words")
 BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20
 PREFILTER_SCORE = 0.8
 """How sure the language of a page's whole text must be before the main text is not even looked for."""
-
-
-def doc_id(warc_filename: str, offset: int, wrapping: str = "member") -> str:
-    """Identity of a document: a hash of where its bytes lie, so partitioning and retries never change it.
-
-    In a `stream` the offset counts unpacked bytes, which a member of the same file could have as its own.
-    """
-    place = f"{warc_filename}:{'unpacked:' if wrapping == 'stream' else ''}{offset}"
-    return hashlib.blake2b(place.encode(), digest_size=10).hexdigest()
 
 
 class Html:
@@ -169,7 +157,7 @@ def extract_page(
     if not text.strip():
         raise RecordError("no text")
     return found | {
-        "doc_id": doc_id(*(row[k] for k in PLACE)),
+        "doc_id": row["doc_id"],
         "url": row["url"],
         "host": found.get("host") or urlsplit(row["url"]).hostname,
         "fetch_time": page.fetch_time,
@@ -192,7 +180,7 @@ def _prefilter(cheap: str, p: ExtractText) -> None:
 
     A main text has no more words than the page; the language must be sure, because furniture has one, too.
     """
-    if quality.word_count(cheap) < p.min_words:
+    if quality.too_few_words(cheap, dict(p)):
         raise RecordError("prefilter: words")
     if p.keep_languages:
         language, score = detect_language(cheap)
@@ -263,6 +251,10 @@ def _work(
     with pa.ipc.new_stream(sink, schema) as stream:
         stream.write_table(pa.Table.from_pylist(documents, schema=schema))
     return sink.getvalue().to_pybytes()
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in PLACE)
 
 
 def _failure(row: dict[str, Any], reason: str) -> dict[str, Any]:
@@ -346,41 +338,41 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
     with lake.stage(p) as out:
         selection = out.read("10_explore_index")
         rows = lake.table(selection)
+        if "doc_id" not in rows.column_names:
+            raise LakeError("the selection has no doc_id, it was made by an older kit: run stage 10 again")
         base = resolve(selection.metrics["archive_base"])
         if "://" not in base:
             for name in sorted(set(rows["warc_filename"].to_pylist())):
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
-        made, failures = _unfinished(lake, out)
-        again = {doc_id(*(f[k] for k in PLACE)) for f in failures if f["kind"] == "retry"}
-        requests_per_s = p.requests_per_s / (p.cores or os.cpu_count() or 1)
-        place = lake.uri, out.base, out.attempt
+        old_parts, failures = _unfinished(lake, out)
+        again = {_place(f) for f in failures if f["kind"] == "retry"}
+        writer = out.parts
 
         def work(task: tuple[str, pa.Table]) -> dict[str, Any]:
             name, part = task
-            fetch.configure(requests_per_s=requests_per_s, retries=p.retries)
-            output, lost = _extract_part(base, part, p, place, name, made.get(name), again)
-            return {"done": part.num_rows, "output": output.model_dump(), "failures": lost}
+            old = old_parts.get(name)
+            if old:
+                output, lost = _complete_part(base, part, p, lake, writer, old, again)
+            else:
+                documents, lost = extract_rows(base, part.to_pylist(), p)
+                output = writer.table(name, documents)
+            return {"done": part.num_rows, "output": output, "failures": lost}
 
         shares = plan(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
         parts = [rows.slice(s.start, len(s)).combine_chunks() for s in shares]
         tasks = [(part.num_rows, (f"part-{i:05d}", part)) for i, part in enumerate(parts)]
-        results = run_tasks(p, work, tasks, "extract", "pages")
+        results = run_at_rate(p, work, tasks, "extract", "pages", [base])
         for result in results:
-            out.add(Output(**result["output"]))
+            out.add(result["output"])
         failures = [f for f in failures if f["kind"] != "retry"] + [f for r in results for f in r["failures"]]
         if failures:
-            failures.sort(key=lambda f: tuple(f[k] for k in PLACE))
+            failures.sort(key=_place)
             out.table("failures", pa.Table.from_pylist(failures, schema=FAILURE))
-        dropped = Counter(f["reason"] for f in failures if f["kind"] == "dropped")
-        failed = Counter(f["reason"] for f in failures if f["kind"] != "dropped")
-        counts = Counts(
-            records_in=rows.num_rows,
-            records_out=sum(o.rows for o in out.outputs if o.name.startswith("part")),
-            dropped=dict(sorted(dropped.items())),
-            failed=dict(sorted(failed.items())),
-        )
+        account = Account(rows.num_rows, records_out=sum(r["output"].rows for r in results))
+        for failure in failures:
+            (account.dropped if failure["kind"] == "dropped" else account.failed)[failure["reason"]] += 1
         retry = sum(f["kind"] == "retry" for f in failures)
-        return out.commit(counts, {"parts": len(tasks), "extractor": p.extractor, "retry": retry})
+        return out.commit(account.counts(), {"parts": len(tasks), "extractor": p.extractor, "retry": retry})
 
 
 def _unfinished(lake: Lake, out: StageWriter) -> tuple[dict[str, Output], list[dict[str, Any]]]:
@@ -392,28 +384,25 @@ def _unfinished(lake: Lake, out: StageWriter) -> tuple[dict[str, Output], list[d
     return parts, lake.table(last, "failures").to_pylist()
 
 
-def _extract_part(
+def _complete_part(
     base: str,
     part: pa.Table,
     p: ExtractText,
-    place: tuple[str, str, str],
-    name: str,
-    made: Output | None,
-    again: set[str],
+    lake: Lake,
+    writer: PartWriter,
+    old: Output,
+    again: set[tuple[Any, ...]],
 ) -> tuple[Output, list[dict[str, Any]]]:
-    """Write one part at `place` (lake, folder, attempt); of a part `made` before, only pages of `again` are read."""
-    todo = part.to_pylist()
-    ids = [doc_id(*(row[k] for k in PLACE)) for row in todo]
-    if made:
-        todo = [row for row, key in zip(todo, ids, strict=True) if key in again]
-        if not todo:
-            return made, []
-    documents, failures = extract_rows(base, todo, p)
-    lake_uri, folder, attempt = place
-    if made:
-        old = pq.read_table(f"{folder}/{made.path}", filesystem=Lake(lake_uri).fs, partitioning=None)
-        documents = pa.concat_tables([old.cast(DOCUMENT), documents])
-        order = {key: i for i, key in enumerate(ids)}
-        found = [order[key] for key in documents["doc_id"].to_pylist()]
-        documents = documents.take(sorted(range(len(found)), key=found.__getitem__))
-    return write_table(lake_uri, folder, attempt, name, documents), failures
+    """The part `old` of an earlier attempt with its pages at the places `again` fetched; itself if it has none there."""
+    rows = part.to_pylist()
+    lost_before = [row for row in rows if _place(row) in again]
+    if not lost_before:
+        return old, []
+    documents, failures = extract_rows(base, lost_before, p)
+    before = lake.read_part(f"{writer.folder}/{old.path}").cast(DOCUMENT)
+    documents = pa.concat_tables([before, documents])
+    # in the order of the selection, as if nothing had ever been lost
+    order = {row["doc_id"]: i for i, row in enumerate(rows)}
+    places = [order[key] for key in documents["doc_id"].to_pylist()]
+    documents = documents.take(sorted(range(len(places)), key=places.__getitem__))
+    return writer.table(old.name.removesuffix(".parquet"), documents), failures

@@ -18,9 +18,9 @@ from fsspec.spec import AbstractFileSystem
 from kit import resolve
 from kit.data import polite
 from kit.data.archive import RecordError
-from kit.data.polite import GIVE_UP_AFTER, Missing, configure, may_retry
+from kit.data.polite import GIVE_UP_AFTER, Missing, may_retry
 
-__all__ = ["Read", "configure", "may_retry", "plan_ranges", "read_ranges"]
+__all__ = ["Read", "may_retry", "plan_ranges", "read_ranges"]
 
 Row = dict[str, Any]
 SMALLER_MAY_WORK = ("timeout", "connection reset", "short body", "wrong Content-Range", "unreadable")

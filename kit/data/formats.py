@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import fsspec
 import pyarrow as pa
 
 from kit.data.language import detect_language
-from kit.lake import Counts
+from kit.lake import Account
 from kit.params import BuildDatasets
 
 Row = dict[str, Any]
@@ -50,27 +48,12 @@ class Made(NamedTuple):
     failed: str = ""
 
 
-@dataclass
-class Account:
-    """Where every record and row went: records in + rows created = rows out + lost."""
-
-    records_in: int = 0
-    created: int = 0
-    records_out: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    failed: Counter[str] = field(default_factory=Counter)
-
-    def note(self, made: Made) -> Made:
-        """Count one record and what became of it."""
-        self.records_in += 1
-        self.created += max(len(made.rows) - 1, 0)
-        self.dropped.update(filter(None, [made.dropped]))
-        self.failed.update(filter(None, [made.failed]))
-        return made
-
-    def counts(self) -> Counts:
-        """The account as a manifest keeps it; raises `ValueError` when it does not add up."""
-        return Counts(**vars(self))
+def note(account: Account, made: Made) -> None:
+    """Count one record and what became of it: of several rows the others are created."""
+    account.records_in += 1
+    account.created += max(len(made.rows) - 1, 0)
+    account.dropped.update(filter(None, [made.dropped]))
+    account.failed.update(filter(None, [made.failed]))
 
 
 def row_id(*parts: object) -> str:

@@ -8,6 +8,7 @@ after is the same.
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import time
 from collections import Counter
@@ -17,10 +18,10 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kit.data import archive, questions
+from kit.data import archive, polite, questions
 from kit.data import rows as row_files
 from kit.data.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
-from kit.lake import Counts, Lake, LakeError, Manifest
+from kit.lake import Account, Lake, LakeError, Manifest
 from kit.params import ExploreIndex, ParamError
 from kit.show import progress
 
@@ -37,6 +38,16 @@ ENTRY = pa.schema(
 )
 
 
+def doc_id(warc_filename: str, offset: int, wrapping: str = "member") -> str:
+    """Identity of a document: a hash of where its bytes lie, so partitioning and retries never change it.
+
+    Made once, when a page is selected, and carried from there. In a `stream` the offset counts unpacked bytes, which a
+    member of the same file could have as its own. 20 hexadecimal digits (80 bits).
+    """
+    place = f"{warc_filename}:{'unpacked:' if wrapping == 'stream' else ''}{offset}"
+    return hashlib.blake2b(place.encode(), digest_size=10).hexdigest()
+
+
 class Index:
     """An opened index: a DuckDB view `ccindex`, what each query cost, and the damage found if it was made here."""
 
@@ -46,6 +57,7 @@ class Index:
         self.damage: list[archive.Damage] = []
         self.scans: list[Scan] = []
         """What each query was to read and did read, in order."""
+        polite.configure(contact=p.contact)
         self.con = duckdb.connect()
         # footers come from memory
         self.con.execute("SET enable_progress_bar = false; SET parquet_metadata_cache = true")
@@ -160,12 +172,15 @@ class Index:
         return +found
 
     def select(self) -> pa.Table:
-        """The selected records, in the order in which archives are read."""
-        return self.table(questions.select_query(self.p), "select")
+        """The selected records, `doc_id` and `questions.SELECTED`, in the order in which archives are read."""
+        selected = self.table(questions.select_query(self.p), "select")
+        places = (selected[name].to_pylist() for name in ("warc_filename", "warc_record_offset", "wrapping"))
+        ids = [doc_id(*place) for place in zip(*places, strict=True)]
+        return selected.add_column(0, "doc_id", pa.array(ids, pa.string()))
 
 
 def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
-    """Index → selection: `part` (one row a selected page), `archives.txt`, `damage` where there is any.
+    """Index → selection: `part` (one row a selected page, with the `doc_id` that it keeps), `archives.txt`, `damage` where there is any.
 
     Every record of the index is selected or dropped for a reason; a stretch of an archive that cannot be
     read counts as failed. Raises `ParamError`, `ArchiveError`, `LakeError`.
@@ -176,12 +191,7 @@ def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
             out.read_outside(source)
         reasons = index.reasons()
         failed = Counter(f"archive: {d.reason}" for d in index.damage)
-        counts = Counts(
-            records_in=index.rows + len(index.damage),
-            records_out=reasons.pop("kept", 0),
-            dropped=dict(sorted(reasons.items())),
-            failed=dict(sorted(failed.items())),
-        )
+        counts = Account(index.rows + len(index.damage), 0, reasons.pop("kept", 0), reasons, failed).counts()
         if counts.records_out == 0:
             why = dict(reasons + failed)
             raise LakeError(f"{p.stage}: no page selected out of {counts.records_in} records: {why}")

@@ -34,8 +34,9 @@ import pyarrow as pa
 from kit import KitError, resolve
 from kit.data import archive
 from kit.data.archive import Record, RecordError
-from kit.data.spark import plan, run_tasks
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.data.rate import run_at_rate
+from kit.data.spark import plan
+from kit.lake import Account, Counts, Lake, Manifest
 from kit.params import WriteYourOwnJob
 
 MAX_TOLD = 100
@@ -170,8 +171,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
                 out.read_outside(path)
         sizes = [_size(path, p.part_mb * 1e6) for path, _ in archives]
         shares = [range(len(archives))] if p.max_records else plan(sizes, p.part_mb * 1e6)
-        lake_uri, folder, attempt = lake.uri, out.base, out.attempt
-        name, most = p.job, p.max_records
+        writer, name, most = out.parts, p.job, p.max_records
 
         def work(task: tuple[int, list[tuple[str, str]]]) -> dict[str, Any]:
             number, files = task
@@ -179,16 +179,16 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
             output = None
             if tally.tables:
                 table = pa.concat_tables(tally.tables).combine_chunks()
-                output = write_table(lake_uri, folder, attempt, f"part-{number:05d}", table).model_dump()
+                output = writer.table(f"part-{number:05d}", table)
             return {"done": len(files), "tally": replace(tally, tables=[]), "output": output}
 
         tasks = [(len(s), (i, [archives[k] for k in s])) for i, s in enumerate(shares)]
-        results = run_tasks(p, work, tasks, "job", "archives")
+        results = run_at_rate(p, work, tasks, "job", "archives", [path for path, _ in archives])
         tallies = [r["tally"] for r in results]
         total = sum((t.groups for t in tallies), Counter())
         for r in results:
             if r["output"]:
-                out.add(Output(**r["output"]))
+                out.add(r["output"])
         if total:
             out.table("part-00000", _counted(job, total))
         if told := [x for t in tallies for x in t.told]:
@@ -205,17 +205,11 @@ def selected_archives(lake: Lake, selection: Manifest) -> list[tuple[str, str]]:
 
 def _accounts(tallies: list[Tally], groups: int) -> Counts:
     """Where every record went; `groups` is how many rows the counted ones became, 0 where rows were written."""
-    rows = sum(t.rows for t in tallies)
-    dropped = sum((t.dropped for t in tallies), Counter())
+    whole = Account.total(Account(t.read + t.lost, t.created, t.rows, t.dropped, t.failed) for t in tallies)
     if groups:
-        dropped["counted with others"] = rows - groups
-    return Counts(
-        records_in=sum(t.read + t.lost for t in tallies),
-        created=sum(t.created for t in tallies),
-        records_out=groups or rows,
-        dropped=dict(sorted(dropped.items())),
-        failed=dict(sorted(sum((t.failed for t in tallies), Counter()).items())),
-    )
+        whole.dropped["counted with others"] = whole.records_out - groups
+        whole.records_out = groups
+    return whole.counts()
 
 
 def _counted(job: Job, groups: Counter[tuple[Any, ...]]) -> pa.Table:
@@ -256,7 +250,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ask.add_argument("--base", default="", help="what the archives' names are relative to: folder or URL")
     ask.add_argument("--out", required=True, help="lake for the result: folder or URL that all workers reach")
     ask.add_argument("--run", default="job", help="name of the run in it")
-    for name in ("cores", "part_mb", "max_records"):
+    for name in ("cores", "part_mb", "max_records", "requests_per_s", "retries", "contact"):
         about = WriteYourOwnJob.model_fields[name]
         option = f"--{name.replace('_', '-')}"
         ask.add_argument(option, dest=name, default=about.default, help=about.description)

@@ -21,11 +21,11 @@ import pyarrow as pa
 
 from kit.data import blocks, guard, page
 from kit.data.archive import SUFFIX
-from kit.data.extract import DOCUMENT, DROPPED, PLACE, doc_id, extract_rows
-from kit.data.index import Index
+from kit.data.extract import DOCUMENT, DROPPED, PLACE, extract_rows
+from kit.data.index import Index, doc_id
 from kit.data.record import RecordError
 from kit.data.unpack import GZIP, ZSTD
-from kit.lake import Counts
+from kit.lake import Account, Counts
 from kit.params import ExploreIndex, RefineOnArrival
 
 IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
@@ -48,23 +48,23 @@ def documents_of(path: str, name: str, at: str, p: RefineOnArrival) -> tuple[str
         {"kind": "unknown", "rows": [], "dropped": {}, "failed": {dead[0]: 1}} if dead else json.loads(packed)
     )
     rows, documents, until = told["rows"], [], time.monotonic() + p.file_timeout_s
-    dropped, failed = Counter(told["dropped"]), Counter(told["failed"])
-    places = {doc_id(*(r[k] for k in PLACE)): (r["wrapping"], *r["place"]) for r in rows}
+    account = Account(dropped=Counter(told["dropped"]), failed=Counter(told["failed"]))
+    places = {row["doc_id"]: row["place"] for row in rows}
     for i in range(0, len(rows), CHUNK):
         if time.monotonic() > until:
-            failed["file timeout"] += len(rows) - i
+            account.failed["file timeout"] += len(rows) - i
             break
         table, lost = extract_rows(os.path.dirname(path), rows[i : i + CHUNK], p)
-        for d in table.to_pylist():
-            wrapping, offset, length = places[d["doc_id"]]
-            d |= {"doc_id": doc_id(name, offset, wrapping), "warc_filename": name}
-            documents.append(d | {"warc_record_offset": offset, "warc_record_length": length})
-        for f in lost:
-            (dropped if f["reason"] in DROPPED else failed)[f["reason"]] += 1
-    out = 1 if told["kind"] == "image" else len(documents)
-    gone = {"dropped": dict(sorted(dropped.items())), "failed": dict(sorted(failed.items()))}
-    counts = Counts(records_in=out + dropped.total() + failed.total(), records_out=out, **gone)
-    return told["kind"], pa.Table.from_pylist(documents, schema=DOCUMENT) if documents else None, counts
+        for document in table.to_pylist():
+            offset, length = places[document["doc_id"]]
+            own_place = {"warc_filename": name, "warc_record_offset": offset, "warc_record_length": length}
+            documents.append(document | own_place)
+        for failure in lost:
+            (account.dropped if failure["reason"] in DROPPED else account.failed)[failure["reason"]] += 1
+    account.records_out = 1 if told["kind"] == "image" else len(documents)
+    account.records_in = account.records_out + account.dropped.total() + account.failed.total()
+    table = pa.Table.from_pylist(documents, schema=DOCUMENT) if documents else None
+    return told["kind"], table, account.counts()
 
 
 def _open(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: RefineOnArrival) -> bytes:
@@ -96,6 +96,8 @@ def _open(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: Refi
     for row in rows:
         at = row["warc_record_offset"]
         row["place"] = places.get(at) or (at, row["warc_record_length"])
+        # the identity of a document in the file that landed, not in the archive made of it
+        row["doc_id"] = doc_id(name, row["place"][0], row["wrapping"])
     beat(-1)
     return json.dumps({"kind": kind, "rows": rows, "dropped": dropped, "failed": failed}).encode()
 

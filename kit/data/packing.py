@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark import RDD
 
-from kit.lake import StageWriter, write_table
+from kit.lake import StageWriter
 
 INTS = pa.list_(pa.int32())
 ROW = pa.schema({"input_ids": INTS, "lengths": INTS, "row_ids": pa.list_(pa.string()), "starts": INTS})
@@ -49,7 +49,7 @@ def write_rows(
     for row, kept in enumerate(rows):
         for text, start, n in kept:
             wanted[text].append((start, start + n, row))
-    lake_uri, folder, attempt = out.lake.uri, out.base, out.attempt
+    writer = out.parts
 
     def deal(piece: tuple[int, np.ndarray]) -> Iterator[tuple[int, tuple[int, int, int, np.ndarray]]]:
         text, begin = begins[piece[0]]
@@ -67,7 +67,7 @@ def write_rows(
             names = [keys[text] for text, *_ in rows[row]]
             made.append(dict(zip(ROW.names, (ids + [fill] * (size - len(ids)), [n for *_, n in rows[row]], names, [s for _, s, _ in rows[row]]))))  # fmt: skip
         table = pa.Table.from_pylist(made, schema=ROW)
-        output = write_table(lake_uri, folder, attempt, f"part-{part[0]:05d}", table).model_dump()
+        output = writer.table(f"part-{part[0]:05d}", table)
         return {"output": output, "tokens": sum(map(len, found.values()))}
 
     return tokens.flatMap(deal).groupByKey(-(-len(rows) // per_part)).map(write).collect()

@@ -1,6 +1,6 @@
 """Polite HTTP for the whole kit: importing this makes `fsspec.open("https://…")` go through `PoliteHTTP`.
 
-One rate for the process, time-outs on everything, back-off that honours `Retry-After`. Common Crawl answers 403
+One rate for the process (`kit.data.rate` shares out a job's), time-outs on everything, back-off that honours `Retry-After`. Common Crawl answers 403
 and 503 when it is asked too fast, and calls one retry a second polite (https://status.commoncrawl.org).
 
 Bounded are: connecting, the silence between two packets, an answer's whole head, and its body by a least speed.
@@ -32,7 +32,6 @@ from urllib3.exceptions import InvalidHeader
 
 from kit import KitError, __version__
 
-USER_AGENT = f"crawl-to-model-kit/{__version__} (polite range reader)"
 READ_AHEAD_BYTES, PIECE_BYTES = 1 << 20, 1 << 18
 INFO_S, MAX_REDIRECTS, GIVE_UP_AFTER = 60.0, 5, 3
 PAUSE_S, MAX_PAUSE_S, MAX_RETRY_AFTER_S = 1.0, 60.0, 300.0
@@ -75,6 +74,8 @@ class Policy:
     timeout_s: float = 30.0
     """For connecting, for silence and for an answer's head; a body has this and what its least speed gives it."""
     min_bytes_per_s: float = 32 << 10
+    contact: str = ""
+    """Where to write to whoever asks: an e-mail address or a URL."""
 
 
 class Gate:
@@ -97,6 +98,11 @@ class Gate:
                     return
             sleep(start - now)
 
+    def hold(self, seconds: float) -> None:
+        """Let the next request that counts for the rate wait: processes that begin together must not ask together."""
+        with self.lock:
+            self.next = max(self.next, clock() + seconds)
+
     def pause(self, host: str, tried: int, wait_s: float) -> None:
         """Let nobody ask `host` for a while: longer with every try, at least what it asked for itself."""
         # jitter: tasks that were refused together must not come back together
@@ -109,10 +115,16 @@ class Gate:
 policy, gate = Policy(), Gate()
 
 
-def configure(**changes: float) -> None:
+def configure(**changes: Any) -> None:
     """Change fields of this process's `Policy`: `configure(requests_per_s=2)`; raises `TypeError` for others."""
     global policy
     policy = replace(policy, **changes)
+
+
+def user_agent() -> str:
+    """What a server's log says of who asked, with the contact where there is one (RFC 9110, section 10.1.5)."""
+    contact = f"; contact {policy.contact}" if policy.contact else ""
+    return f"crawl-to-model-kit/{__version__} (polite range reader{contact})"
 
 
 def may_retry(reason: str) -> bool:
@@ -216,7 +228,7 @@ class _Adapter(HTTPAdapter):
 @functools.cache
 def _session() -> requests.Session:
     session = requests.Session()
-    session.headers = {"User-Agent": USER_AGENT, "Accept": "*/*", "Accept-Encoding": "identity"}
+    session.headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
     for scheme in PoliteHTTP.protocol:
         session.mount(f"{scheme}://", _Adapter(pool_maxsize=32))
     return session
@@ -227,7 +239,8 @@ def _ask(url: str, wanted: str) -> requests.Response:
     for _ in range(MAX_REDIRECTS + 1):
         gate.wait(host_of(url))
         try:
-            asked = _session().prepare_request(requests.Request("GET", url, {"Range": wanted}))
+            headers = {"Range": wanted, "User-Agent": user_agent()}
+            asked = _session().prepare_request(requests.Request("GET", url, headers))
             settings = _session().merge_environment_settings(url, {}, True, None, None)
             # by the adapter: the session would read the whole body of a redirect
             answer = _session().get_adapter(url).send(asked, timeout=policy.timeout_s, **settings)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kit.data import formats
 from kit.data.formats import Row, clean, fold, row_id
-from kit.lake import Counts
+from kit.lake import Account, Counts
 from kit.params import BuildDatasets
 
 COLUMNS = (
@@ -41,10 +41,11 @@ def build_pairs(
     A pair of a file lies where rows that ask the same do (`sides`: question group → split), or else by that hash.
     """
     pairs = list(vote_pairs(voted, p))
-    account = formats.Account(created=len(pairs))
+    account = Account(created=len(pairs))
     for name, uri in files:
         for number, line in formats.json_lines(uri):
-            made = account.note(file_pair(line, f"{name}:{number}", p))
+            made = file_pair(line, f"{name}:{number}", p)
+            formats.note(account, made)
             for pair in made.rows:
                 group = formats.question_group(pair["question"])
                 far = "heldout" if formats.on_far_side(group, p.heldout_share, p.seed) else "train"
@@ -52,7 +53,7 @@ def build_pairs(
     kept, report = validate(pairs)
     account.dropped += Counter({r["check"]: r["dropped"] for r in report})
     account.records_out = len(kept)
-    return kept, report, account.counts()
+    return kept, report, account.counts(by_name=False)
 
 
 def vote_pairs(rows: Iterable[Row], p: BuildDatasets) -> Iterator[Row]:

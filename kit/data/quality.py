@@ -76,17 +76,23 @@ class Rule:
         """What a document dropped by this rule is counted under."""
         return f"{self.rule_set}: {self.column}"
 
+    def bound(self, side: str, params: Mapping[str, Any]) -> float | None:
+        """The bound `low` or `high`: that of `params["thresholds"]`, else the rule's own, a parameter looked up."""
+        own = getattr(self, side)
+        own = params[own] if isinstance(own, str) else own
+        return overrides(tuple(params.get("thresholds", ()))).get((self.name, side), own)
+
     def bounds(self, params: Mapping[str, Any]) -> tuple[float | None, float | None]:
-        """The two bounds: those of `params["thresholds"]`, else the rule's own, parameters looked up."""
-        moved = overrides(tuple(params.get("thresholds", ())))
-        low, high = (params[x] if isinstance(x, str) else x for x in (self.low, self.high))
-        return moved.get((self.name, "low"), low), moved.get((self.name, "high"), high)
+        """The two bounds."""
+        return self.bound("low", params), self.bound("high", params)
 
     def applies(self, lang: str) -> bool:
         """Whether the rule judges texts of this language (ISO 639-1)."""
         return {"english": lang == "en", "spaces": lang not in UNSPACED}.get(self.needs, True)
 
 
+WORDS = Rule("gopher_quality", "words", "min_words", "max_words")
+"""The one rule that a prefilter asks in advance."""
 RULES = (
     Rule("url", "blocked_url", None, 0),
     Rule("url", "banned_url_words", None, 0),
@@ -100,7 +106,7 @@ RULES = (
         Rule("gopher_repetition", f"dup_{n}gram", None, x)
         for n, x in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
     ),
-    Rule("gopher_quality", "words", "min_words", "max_words"),
+    WORDS,
     Rule("gopher_quality", "mean_word_length", 3, 10, needs="spaces"),
     Rule("gopher_quality", "hash_ratio", None, 0.1),
     Rule("gopher_quality", "ellipsis_ratio", None, 0.1),
@@ -163,6 +169,11 @@ def measure(
 def word_count(text: str) -> int:
     """The value of `words` alone."""
     return int(w.tokens(text).traits[:, w.WORD].sum())
+
+
+def too_few_words(text: str, params: Mapping[str, Any]) -> bool:
+    """Whether the rule `WORDS` rules out every text that is a part of this one: it has no more words."""
+    return word_count(text) < WORDS.bound("low", params)
 
 
 def _repetition(text: str, tokens: w.Tokens) -> dict[str, float]:

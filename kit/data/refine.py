@@ -17,14 +17,13 @@ import duckdb
 import ftfy
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
 from kit.data import features, pii, quality
 from kit.data.extract import DOCUMENT
 from kit.data.language import detect_language
 from kit.data.spark import run_tasks
-from kit.lake import Counts, Lake, Manifest, Output, write_table
+from kit.lake import Account, Lake, Manifest
 from kit.params import ParamError, RefineText, Refining, nearest
 
 CONTROL_CHARS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
@@ -60,12 +59,6 @@ REFINED = pa.schema(
         ("drop_reason", pa.string()),
     ]
 )
-
-
-DECIDING = frozenset(
-    "quality_rules tag_rules thresholds min_lang_score keep_languages min_words max_words max_duplicate_lines".split()  # noqa: SIM905
-)
-"""Parameters that only judge what is measured, as long as the same rule sets are measured."""
 
 
 def repair(text: str) -> str:
@@ -189,48 +182,41 @@ def check(p: Refining) -> None:
 def refine_documents(p: RefineText, lake: Lake) -> Manifest:
     """Documents → refined documents on Spark, one part for one part.
 
-    Where the last result differs in nothing but thresholds (`DECIDING`), only verdicts are taken anew, from its tags.
+    Where the last result differs in nothing but what judges (`RefineText.judging`), only verdicts are taken anew, from
+    its tags; the same rule sets must have been measured.
     """
     check(p)
     with lake.stage(p) as out:
         source, last = out.read("20_extract_text"), lake.manifest(p.run, p.stage)
         if p.blocked_urls:
             out.read_outside(p.blocked_urls)
-        again = last is not None and out.same_work(last, but=DECIDING) and measured(p) == measured(RefineText.parse(last.params))  # fmt: skip
+        again = last is not None and out.same_work(last, but=p.judging())
+        again = again and measured(p) == measured(RefineText.parse(last.params))
         given = last if again else source
         parts = [o for o in given.outputs if o.name.startswith("part")]
         paths = lake.paths(given, "part")
-        lake_uri, folder, attempt, step = (
-            lake.uri,
-            out.base,
-            out.attempt,
-            judge_batch if again else refine_batch,
-        )
+        writer, step = out.parts, judge_batch if again else refine_batch
 
         def work(task: tuple[str, str]) -> dict[str, Any]:
             name, path = task
-            table = step(pq.read_table(path, filesystem=Lake(lake_uri).fs, partitioning=None), p)
-            output = write_table(lake_uri, folder, attempt, name, table)
-            reasons = Counter(table["drop_reason"].to_pylist())
-            found = Counter()
+            table = step(lake.read_part(path), p)
+            account = Account.of_verdicts(table["drop_reason"].to_pylist())
+            pii_counts = Counter()
             for row in table["pii"].to_pylist():
-                found.update({k: v for k, v in row.items() if v is not None})
-            return {"done": table.num_rows, "output": output.model_dump(), "reasons": reasons, "pii": found}
+                pii_counts.update({k: v for k, v in row.items() if v is not None})
+            output = writer.table(name, table)
+            return {"done": table.num_rows, "output": output, "account": account, "pii": pii_counts}
 
         tasks = [
             (o.rows, (o.name.removesuffix(".parquet"), path)) for o, path in zip(parts, paths, strict=True)
         ]
         results = run_tasks(p, work, tasks, "judge" if again else "refine", "documents")
-        reasons, found = Counter(), Counter()
+        pii_counts = Counter()
         for result in results:
-            out.add(Output(**result["output"]))
-            reasons.update(result["reasons"])
-            found.update(result["pii"])
-        kept = reasons.pop(None, 0)
-        counts = Counts(
-            records_in=kept + reasons.total(), records_out=kept, dropped=dict(sorted(reasons.items()))
-        )
-        metrics = {"pii_masked" if p.mask_pii else "pii_found": dict(sorted(found.items()))}
+            out.add(result["output"])
+            pii_counts.update(result["pii"])
+        counts = Account.total(result["account"] for result in results).counts()
+        metrics = {"pii_masked" if p.mask_pii else "pii_found": dict(sorted(pii_counts.items()))}
         return out.commit(counts, metrics | ({"only_verdicts": True} if again else {}))
 
 
@@ -244,7 +230,7 @@ class Verdicts:
         columns = ["url", "text", "tags", "lang", "lang_score", "drop_reason"]
         tables = []
         for path in lake.paths(manifest, "part"):
-            table = pq.read_table(path, columns=columns, filesystem=lake.fs, partitioning=None)
+            table = lake.read_part(path, columns)
             short = pc.utf8_slice_codeunits(table["text"], 0, self.EXCERPT)
             tables.append(table.set_column(table.schema.get_field_index("text"), "text", short))
         self.db = duckdb.connect()

@@ -21,10 +21,11 @@ from kit.data.archive import ROWS, ArchiveError, Damage, Entry, Page, RecordErro
 from kit.data.page import decode
 from kit.data.questions import host_of
 from kit.data.record import sha1
-from kit.data.unpack import pieces
+from kit.data.unpack import Break, Piece, pieces
 
 WRAPPINGS = ROW, PACKED = "row", "row stream"
 """Wrappings of a row: its offset counts bytes of the file, or of what the file unpacks to."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_ROW, HEAD_BYTES = 4 << 20, 1 << 18
 """Longest row, and how much of a file is looked at for its columns and its ratings."""
 LINE_END = rb"(?:\r\n|\n|\r(?!\Z))"
@@ -60,21 +61,47 @@ class Layout(NamedTuple):
 
 def scan(path: str, name: str) -> Iterator[Entry | Damage]:
     """The rows of a file, whose identity is `name`, as rows of the index; raises `ArchiveError`."""
-    told, broken, found = layout(path), [], None
+    file_layout = layout(path)
+    breaks: list[Break] = []
+    n_rows = 0
     with opened(path) as f:
         source, _, packed = pieces(f)
-        rows = split((p.data for p in source if not (p.broken and broken.append(p.broken))), told)
-        if told.kind == "csv":
-            next(rows, None)
+        rows = split(_unpacked(source, breaks), file_layout)
+        if file_layout.kind == "csv":
+            next(rows, None)  # the names of the columns
+        wrapping = PACKED if packed else ROW
         # the file is the host, so that it is a site; no fragment, for that would not tell pages apart
-        url = f"file://{quote(name, safe='').lower()}/"
-        for found in rows:
-            place = name, found[0], len(found[1]), PACKED if packed else ROW
-            about = "resource", f"{url}{found[0]}", None, 200, "text/plain", sha1(found[1]), None
-            yield Damage(*place, found[2]) if found[2] else Entry(*place, *about)
-    yield from (Damage(name, b.offset, b.end - b.offset, "member", b.reason) for b in broken)
-    if not found and not broken:
+        site = f"file://{quote(name, safe='').lower()}/"
+        for offset, data, reason in rows:
+            n_rows += 1
+            if reason:
+                yield Damage(name, offset, len(data), wrapping, reason)
+                continue
+            yield Entry(
+                warc_filename=name,
+                warc_record_offset=offset,
+                warc_record_length=len(data),
+                wrapping=wrapping,
+                record_type="resource",
+                url=f"{site}{offset}",
+                fetch_time=None,
+                fetch_status=200,
+                content_mime_detected="text/plain",
+                content_digest=sha1(data),
+                content_truncated=None,
+            )
+    for broken in breaks:
+        yield Damage(name, broken.offset, broken.end - broken.offset, "member", broken.reason)
+    if not n_rows and not breaks:
         yield Damage(name, 0, 0, ROW, "no row in file")
+
+
+def _unpacked(source: Iterable[Piece], breaks: list[Break]) -> Iterator[bytes]:
+    """The bytes of pieces, those before a break included; the breaks are put into `breaks`."""
+    for piece in source:
+        if piece.broken:
+            breaks.append(piece.broken)
+        yield piece.data
 
 
 def split(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, str | None]]:
@@ -83,30 +110,50 @@ def split(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, s
     `MAX_ROW` and two chunks are in memory at most. A quote that is not closed, or not at the end of a field, costs
     its own line, and reading goes on at the next; of a line that is too long the beginning is told.
     """
-    row, source, at, pos, buf, end, long = LINE, iter(chunks), 0, 0, b"", False, None
-    if told.kind == "csv":
-        sign = re.escape(told.delimiter.encode())
-        row = re.compile((FIELD + rb"(?:D" + FIELD + rb")*+" + LINE_END).replace(b"D", sign))
+    row = _row_pattern(told)
+    source = iter(chunks)
+    window, start = b"", 0  # unpacked bytes from the `start`-th on, …
+    position = 0  # … of which those before this one are done
+    at_end = False
+    too_long: tuple[int, bytes] | None = None  # offset and beginning of a row whose end is still looked for
     while True:
-        match, reason = (LINE if long else row).match(buf, pos), None
-        if not match and not long and (end or len(buf) - pos > MAX_ROW):
-            if pos == len(buf):
+        match = (LINE if too_long else row).match(window, position)
+        reason = None
+        if not match and not too_long and (at_end or len(window) - position > MAX_ROW):
+            if position == len(window):
                 return
-            match, reason = LINE.match(buf, pos), "unclosed quote"
-            long = None if match else (at + pos, buf[pos : pos + MAX_ROW])
+            # no row, however much more comes: a quote in its first line is never closed
+            match = LINE.match(window, position)
+            reason = "unclosed quote"
+            if not match:
+                too_long = start + position, window[position : position + MAX_ROW]
         if match:
             data = match[0].rstrip(b"\r\n")
-            if long or len(data) > MAX_ROW:
-                yield *(long or (at + pos, data)), "row too long"
+            if too_long:
+                yield *too_long, "row too long"
+            elif len(data) > MAX_ROW:
+                yield start + position, data, "row too long"
             elif data:
-                yield at + pos, data, reason
-            long, pos = None, match.end()
+                yield start + position, data, reason
+            too_long = None
+            position = match.end()
         else:
-            pos = len(buf) - 1 if long else pos  # the last byte may be half of a line end
+            if too_long:
+                position = len(window) - 1  # the last byte may be half of a line end
             chunk = next(source, None)
-            end = chunk is None
-            buf, at = buf[pos:] + (b"\n" if end else chunk), at + pos
-            pos = 3 if not at and buf.startswith(b"\xef\xbb\xbf") else 0
+            at_end = chunk is None
+            # the last row has a line end, too, so that the pattern fits it
+            window = window[position:] + (b"\n" if at_end else chunk)
+            start += position
+            position = len(BYTE_ORDER_MARK) if start == 0 and window.startswith(BYTE_ORDER_MARK) else 0
+
+
+def _row_pattern(told: Layout) -> re.Pattern[bytes]:
+    """What a whole row looks like, its line end included: in a CSV it may go over several lines."""
+    if told.kind != "csv":
+        return LINE
+    delimiter = re.escape(told.delimiter.encode())
+    return re.compile((FIELD + rb"(?:D" + FIELD + rb")*+" + LINE_END).replace(b"D", delimiter))
 
 
 def layout(uri: str, rating_column: str = "") -> Layout:

@@ -122,10 +122,30 @@ def session(p: Cores, java_options: str = QUICK) -> SparkSession:
         ) from None
 
 
+def slots(p: Cores) -> int:
+    """How many tasks Spark runs at the same time over the whole job: the cores of all executors, not of this machine.
+
+    Executors that come later are not counted; `spark.default.parallelism`, where it is set, is taken for the number.
+    """
+    context = session(p).sparkContext
+    # a first task waits until the executors that were asked for are there (spark.scheduler.minRegisteredResourcesRatio)
+    context.parallelize([0], 1).count()
+    return max(context.defaultParallelism, 1)
+
+
 def run_tasks(
-    p: Cores, work: Callable[[Task], dict[str, Any]], tasks: Sequence[Task], label: str, unit: str
+    p: Cores,
+    work: Callable[[Task], dict[str, Any]],
+    tasks: Sequence[Task],
+    label: str,
+    unit: str,
+    lanes: int = 0,
+    begin: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Run `work` on every task, one Spark partition each, and return the results in the order of the tasks.
+
+    With `lanes` there are so many partitions, which take their tasks one after the other: no more can run at the same
+    time, whatever joins the cluster. `begin(number of the partition)` is called in the worker before the first task.
 
     `work` returns a dict with `done`, the units it dealt with, for the progress line; `tasks` are
     `(size, task)` pairs whose sizes add up to the total. A task that fails is retried by Spark; an error
@@ -134,7 +154,9 @@ def run_tasks(
     context = session(p).sparkContext
     done = context.accumulator(0)
 
-    def partition(items: Any) -> Any:
+    def partition(number: int, items: Any) -> Any:
+        if begin:
+            begin(number)
         for _, task in items:
             try:
                 result = work(task)
@@ -144,7 +166,8 @@ def run_tasks(
             yield result
 
     with progress(sum(size for size, _ in tasks), label, unit) as bar:
-        results = collect(context.parallelize(tasks, max(len(tasks), 1)).mapPartitions(partition), done, bar)
+        spread = context.parallelize(tasks, min(lanes or len(tasks), len(tasks)) or 1)
+        results = collect(spread.mapPartitionsWithIndex(partition), done, bar)
     for result in results:
         if "kit_error" in result:
             cls, message = result["kit_error"]

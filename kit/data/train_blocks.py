@@ -25,9 +25,8 @@ from urllib.parse import urlsplit
 
 import lightgbm
 import numpy as np
-from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-from kit.data import blocks
+from kit.data import archive, blocks
 from kit.data.page import decode
 
 FOLDS, GRAM = 5, 4
@@ -153,13 +152,13 @@ def load(warc: str, gold: str) -> list[Page]:
     """The pages of an archive that have a gold line, joined by `record_id`."""
     with open(gold, encoding="utf-8", newline="\n") as f:
         golds = {record["record_id"].strip("<>"): record for record in map(json.loads, f)}
-    found = []
-    with open(warc, "rb") as f:
-        for record in ArchiveIterator(f, parse_http=True, record_types=WarcRecordType.response):
-            about = golds.get(record.record_id.strip("<>"))
+    pages = []
+    for record in archive.records(warc):
+        if isinstance(record, archive.Record) and record.type == "response":
+            about = golds.get(record.head.get("warc-record-id", "").strip("<>"))
             if about is not None:
-                found.append(_page(Path(warc).name, about, record.reader.read()))
-    return found
+                pages.append(_page(Path(warc).name, about, record.stored))
+    return pages
 
 
 def _page(group: str, gold: dict[str, Any], payload: bytes) -> Page:

@@ -42,17 +42,19 @@ from kit.data.extract import DOCUMENT
 from kit.data.landed import documents_of
 from kit.data.refine import REFINED, refine_batch
 from kit.lake import (
+    Account,
     Counts,
     Input,
     Lake,
     LakeError,
     Manifest,
     Output,
-    code_identity,
-    environment,
+    Work,
     explained,
     fingerprint,
     modules_sha256,
+    new_manifest,
+    parquet_bytes,
 )
 from kit.params import Extracting, RefineOnArrival, Refining, Stage, for_stage, load_recipe
 
@@ -174,12 +176,13 @@ def _code(module: str) -> str:
 def tokens(p: RefineOnArrival) -> tuple[str, str]:
     """What the steps are named by: all that changes what they make, their parameters and their code."""
     own = [cls.model_fields.keys() - Stage.model_fields.keys() for cls in (Extracting, Refining)]
-    unused = set() if p.prefilter else own[1]  # a threshold of step 2 that step 1 has only for the prefilter
-    first, second = p.model_dump(include=own[0] - unused), p.model_dump(include=own[1])
+    # what judges is asked in step 1 by the prefilter alone; bounds that are moved by `thresholds`, too
+    asked = own[0] | {"thresholds"} if p.prefilter else own[0] - Extracting.judging()
+    first, second = p.model_dump(include=asked), p.model_dump(include=own[1])
     if p.blocked_urls:
         second["blocked_urls"] = fingerprint(p.blocked_urls)
-    steps = ([first, _code("kit.data.landed")], [second, _code("kit.data.refine")])
-    return tuple(hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest()[:8] for x in steps)
+    steps = Work(first, [], _code("kit.data.landed")), Work(second, [], _code("kit.data.refine"))
+    return tuple(step.key[:8] for step in steps)
 
 
 def commits(lake: Lake, folder: str) -> list[Commit]:
@@ -211,9 +214,7 @@ def put(lake: Lake, name: str, data: bytes) -> Output:
 
 def put_table(lake: Lake, name: str, table: pa.Table) -> Output:
     """The same for a table."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", store_schema=False)
-    return put(lake, name, sink.getvalue().to_pybytes()).model_copy(update={"rows": table.num_rows})
+    return put(lake, name, parquet_bytes(table)).model_copy(update={"rows": table.num_rows})
 
 
 def commit(
@@ -221,21 +222,8 @@ def commit(
     outputs: list[Output], facts: dict[str, Any],
 ) -> Manifest:  # fmt: skip
     """Write a manifest, which makes its outputs count."""
-    now, seconds = datetime.now(UTC), time.perf_counter() - started
-    manifest = Manifest(
-        stage=p.stage,
-        run=p.run,
-        created_at=now.isoformat(timespec="seconds"),
-        params=p.identity(),
-        inputs=inputs,
-        outputs=outputs,
-        counts=counts,
-        metrics=facts | {"committed_at": now.isoformat(timespec="milliseconds")},
-        seconds=round(seconds, 3),
-        cost_usd=round(seconds / 3600 * p.usd_per_hour, 9),
-        code=code_identity(p.stage),
-        environment=environment(),
-    )
+    facts = facts | {"committed_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
+    manifest = new_manifest(p, started, inputs, outputs, counts, facts)
     put(lake, path, manifest.model_dump_json(indent=1).encode())
     return manifest
 
@@ -299,10 +287,8 @@ def _refine(name: str, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     rows = [documents.slice(i, 1) for i in range(documents.num_rows)]
     packed, dead = guard.in_child(functools.partial(_refined, p=p), rows, p.page_timeout_s, p.page_memory_mb)
     table = pa.ipc.open_stream(packed).read_all()
-    reasons = Counter(table["drop_reason"].to_pylist())
-    kept, failed = reasons.pop(None, 0), Counter(dead.values())
-    dropped = dict(sorted(reasons.items()))
-    counts = Counts(records_in=len(rows), records_out=kept, dropped=dropped, failed=failed)
+    account = Account.of_verdicts(table["drop_reason"].to_pylist())
+    counts = Account.total([account, Account(len(dead), failed=Counter(dead.values()))]).counts()
     facts = source.metrics | {"step": "refined"}
     outputs = [put_table(lake, f"{target}/{content}.{own}.parquet", table)]
     inputs, path = [Input(uri=name, content_sha256=source.content_sha256)], f"{target}/{file}.{own}.json"

@@ -23,10 +23,9 @@ from typing import Any
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import watchfiles
 
-from kit.lake import MANIFEST, Counts, Input, Lake, LakeError, Manifest, fingerprint
+from kit.lake import MANIFEST, Account, Input, Lake, LakeError, Manifest, fingerprint
 from kit.launch.on_arrival import commit, commits, handle, put, put_table, read_manifest, tokens, zone
 from kit.params import RefineOnArrival
 from kit.show import progress
@@ -236,21 +235,18 @@ def refine_on_arrival(p: RefineOnArrival, lake: Lake, files: Mapping[str, bytes]
     steps = [read_manifest(lake, row[step]) for row in rows for step in ("extracted", "refined") if row[step]]
     parts = [m.outputs[0] for m in steps if m.metrics["step"] == "refined"]
     outputs = [o.model_copy(update={"name": f"part-{i:05d}.parquet"}) for i, o in enumerate(parts)]
-    tables = [pq.read_table(f"{lake.root}/{o.name}", filesystem=lake.fs, partitioning=None) for o in parts]
+    tables = [lake.read_part(f"{lake.root}/{o.name}") for o in parts]
     images = linked_images(p, pa.concat_tables(tables), rows) if tables else []
     for name, found in (("files", rows), ("images", images)):
         made = put_table(lake, f"{folder}/{name}-{uuid.uuid4().hex[:8]}.parquet", pa.Table.from_pylist(found))
         outputs.append(made.model_copy(update={"name": f"{name}.parquet", "measured": name == "files"}))
-    dropped, failed = Counter(), Counter()
-    for m in steps:
-        dropped.update(m.counts.dropped)
-        failed.update(m.counts.failed)
-    counts = Counts(
+    account = Account(
         records_in=sum(row["records"] for row in rows),
         records_out=sum(row["kept"] or row["status"] == "image" for row in rows),
-        dropped=dict(sorted(dropped.items())),
-        failed=dict(sorted(failed.items())),
     )
+    for m in steps:
+        account.dropped.update(m.counts.dropped)
+        account.failed.update(m.counts.failed)
     inputs = [Input(uri=uri, content_sha256=fingerprint(uri)) for uri in p.arrivals]
     facts = {"files": len(rows), "statuses": dict(sorted(Counter(row["status"] for row in rows).items()))}
-    return commit(lake, p, f"{folder}/{MANIFEST}", started, counts, inputs, outputs, facts)
+    return commit(lake, p, f"{folder}/{MANIFEST}", started, account.counts(), inputs, outputs, facts)

@@ -62,7 +62,7 @@ def kit_way(
         spark.run_tasks(Cores(cores=cores), _load, [(1, extractor)] * 2 * cores, "start", "tasks")
     else:
         _load(extractor)
-        extract.run_tasks = refine.run_tasks = _plain_loop
+        extract.run_at_rate = refine.run_tasks = _plain_loop
     to = Lake(lake)
     mark("start")
     explore_index(ExploreIndex(archive_paths=[archive], max_pages=max_pages, **common), to)

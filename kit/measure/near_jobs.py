@@ -46,23 +46,19 @@ def near_kit(corpus: str, lake: str, cores: int) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     from kit.data import dedup, spark
-    from kit.lake import Counts, Lake, Manifest, write_table
-    from kit.params import Cores, Deduplicate
+    from kit.lake import Counts, Lake
+    from kit.params import Cores, Deduplicate, RefineText
 
     to, texts = Lake(lake), pq.read_table(corpus).rename_columns(["doc_id", "text"])
-    n, folder = len(texts), to.folder("benchmark", "30_refine_text")
+    n = len(texts)
     for name in ("url", "payload_digest", "drop_reason", "host", "fetch_time"):
         kind = pa.timestamp("ms") if name == "fetch_time" else pa.string()
         texts = texts.append_column(name, pa.nulls(n, kind))
     step = -(-n // 8)
-    parts = [
-        write_table(to.uri, folder, "a", f"part-{i:05d}", texts.slice(i, step)) for i in range(0, n, step)
-    ]
-    refined = Manifest(
-        stage="30_refine_text", run="benchmark", created_at="", params={}, inputs=[], outputs=parts, seconds=0,
-        counts=Counts(records_in=n, records_out=n), cost_usd=0, code={}, environment={},
-    )  # fmt: skip
-    to.fs.pipe_file(f"{folder}/_manifest.json", refined.model_dump_json().encode())
+    with to.stage(RefineText(run="benchmark", lake=lake)) as out:
+        for start in range(0, n, step):
+            out.table(f"part-{start:05d}", texts.slice(start, step))
+        out.commit(Counts(records_in=n, records_out=n))
     del texts
     spark.run_tasks(Cores(cores=cores), _load, [(1, 0)] * 2 * cores, "start", "tasks")
     p = Deduplicate(run="benchmark", lake=lake, cores=cores, survivor="longest", boilerplate_pages=0)

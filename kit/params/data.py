@@ -18,6 +18,23 @@ class Cores(Stage):
     )
 
 
+class Contact(Stage):
+    """Stages that ask servers of other people."""
+
+    contact: str = Field(
+        "",
+        description="e-mail address or URL that the user agent names to servers; Common Crawl asks for one",
+        pattern=r"^[!-'*-\[\]-~]*$",
+    )
+
+
+class Fetching(Contact):
+    """Stages that fetch so much that it is to be bounded."""
+
+    requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
+    retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
+
+
 class StartHere(Stage):
     """00: what this machine can do, and the chain in one picture."""
 
@@ -25,7 +42,7 @@ class StartHere(Stage):
     zone: ClassVar[str] = "reports"
 
 
-class ExploreIndex(Stage):
+class ExploreIndex(Contact):
     """10: index → selection."""
 
     stage: ClassVar[str] = "10_explore_index"
@@ -89,7 +106,25 @@ class QueryWithAthena(Stage):
     )
 
 
-class Extracting(Stage):
+JUDGES = {"judges": True}
+"""Marks a field that only judges what was measured: moving it touches no text."""
+
+
+class Keeping(Stage):
+    """What a document must be to be kept: 30 and 31 judge by it, and a prefilter asks in advance."""
+
+    min_words: int = Field(50, description="Gopher: fewest words", ge=0, json_schema_extra=JUDGES)
+    keep_languages: Strings = Field(
+        [], description="languages to keep (ISO 639-1), empty = all", json_schema_extra=JUDGES
+    )
+
+    @classmethod
+    def judging(cls) -> frozenset[str]:
+        """Names of the parameters that only judge."""
+        return frozenset(k for k, f in cls.model_fields.items() if (f.json_schema_extra or {}).get("judges"))
+
+
+class Extracting(Keeping):
     """What it takes to turn a page into a document, on a cluster or on arrival."""
 
     extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
@@ -104,28 +139,33 @@ class Extracting(Stage):
         False,
         description="drop a page before its main text is looked for where all its text rules it out (min_words, keep_languages)",
     )
-    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
-    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
 
 
-class Refining(Stage):
+class Refining(Keeping):
     """What it takes to tag, mask and judge a document, on a cluster or on arrival."""
 
     quality_rules: Strings = Field(
         ["gopher_quality", "gopher_repetition"],
         description="rule sets that may drop a document: url, gopher_quality, gopher_repetition, c4, fineweb",
+        json_schema_extra=JUDGES,
     )
     tag_rules: Strings = Field(
-        ["url", "c4", "fineweb"], description="rule sets that are measured, too, but drop nothing"
+        ["url", "c4", "fineweb"],
+        description="rule sets that are measured, too, but drop nothing",
+        json_schema_extra=JUDGES,
     )
     thresholds: Strings = Field(
-        [], description="other bounds of rules: 'c4: sentences >= 3', 'fineweb: short_lines <= 0.8'"
+        [],
+        description="other bounds of rules: 'c4: sentences >= 3', 'fineweb: short_lines <= 0.8'",
+        json_schema_extra=JUDGES,
     )
-    min_lang_score: float = Field(0.65, description="least confidence of the language id", ge=0, le=1)
-    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
-    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
-    max_words: int = Field(100_000, description="Gopher: most words", ge=1)
-    max_duplicate_lines: float = Field(0.3, description="Gopher: share of repeated lines", ge=0, le=1)
+    min_lang_score: float = Field(
+        0.65, description="least confidence of the language id", ge=0, le=1, json_schema_extra=JUDGES
+    )
+    max_words: int = Field(100_000, description="Gopher: most words", ge=1, json_schema_extra=JUDGES)
+    max_duplicate_lines: float = Field(
+        0.3, description="Gopher: share of repeated lines", ge=0, le=1, json_schema_extra=JUDGES
+    )
     blocked_urls: str = Field(
         "",
         description="file of domains, hosts or URLs to drop, one a line; empty = none",
@@ -149,24 +189,22 @@ class Refining(Stage):
     )
 
 
-class ExtractText(Cores, Extracting):
+class ExtractText(Cores, Extracting, Fetching):
     """20: pages → documents."""
 
     stage: ClassVar[str] = "20_extract_text"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    requests_per_s: float = Field(4.0, description="HTTP requests a second of the whole job, at most", gt=0)
-    retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
     text_column: str = Field("", description="column of your own files with the text, empty = by its name")
     rating_column: str = Field("", description="column with the rating, empty = by its name")
 
     def identity(self) -> dict[str, Any]:
         """Without a prefilter its thresholds decide nothing here, and moving them must not read a page again."""
-        unused = set() if self.prefilter else {"min_words", "keep_languages"}
+        unused = frozenset() if self.prefilter else self.judging()
         return {k: v for k, v in super().identity().items() if k not in unused}
 
 
-class WriteYourOwnJob(Cores):
+class WriteYourOwnJob(Cores, Fetching):
     """21: one function of a record, over archives."""
 
     stage: ClassVar[str] = "21_write_your_own_job"

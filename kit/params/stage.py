@@ -82,8 +82,10 @@ class Stage(BaseModel):
         return ()
 
     def identity(self) -> dict[str, Any]:
-        """The parameters that decide what comes out: not where it is kept, what an hour costs, how fast one asks."""
-        return self.model_dump(exclude={"run", "lake", "usd_per_hour", "cores", "requests_per_s", "retries"})
+        """The parameters that decide what comes out: not where it is kept, what an hour costs, how fast and as whom one asks."""
+        return self.model_dump(
+            exclude={"run", "lake", "usd_per_hour", "cores", "requests_per_s", "retries", "contact"}
+        )
 
 
 def _explain(cls: type[Stage], error: Mapping[str, Any]) -> str:
