@@ -1,10 +1,13 @@
 """Committed notebooks: thin, clean, with outputs, and in step with `kit.params`. nbval runs them (`make test`)."""
 
 import ast
+import copy
 import json
 import re
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from kit import ROOT, params
 
@@ -79,3 +82,68 @@ def test_the_first_cell_is_a_card(notebook):
         first.startswith(f"# {notebook['stem'][:2]} · ")
         and "| reads | writes | time | memory | cost | before | after |" in first
     )
+
+
+def assigned(source: str) -> set[str]:
+    """Names that running a cell gives a value to: assignments, loops, `with … as`, `:=`, imports, functions."""
+    if source.startswith("%%"):  # a cell magic's body is not this notebook's code
+        return set()
+    names = set()
+    todo = list(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            continue  # what is assigned inside stays inside
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "lake = 1",
+        "a, (b, lake) = x",
+        "lake: int = 1",
+        "lake += 1",
+        "for lake in x: pass",
+        "with open(x) as lake: pass",
+        "f(lake := 1)",
+        "import lake.store",
+        "from a import b as lake",
+        "def lake(): pass",
+        "if x:\n    lake = 1",
+    ],
+)
+def test_every_way_to_assign_a_name_is_seen(source):
+    assert "lake" in assigned(source)
+    assert "lake" not in assigned("def f(lake):\n    lake = 1\ng(lake=lambda lake: lake.x)\nlake.x = 1")
+
+
+def test_no_cell_assigns_a_parameter(notebook):
+    """A cell that does cannot be run again: the parameters cell would be read back with what it left."""
+    parameters = set(params.NOTEBOOKS[notebook["stem"]].model_fields)
+    for source, cell in code(notebook):
+        if "parameters" not in cell["metadata"].get("tags", []):
+            assert not assigned(source) & parameters
+
+
+def test_every_cell_can_be_run_again(tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "10_explore_index.ipynb", as_version=4)
+    (given,) = [c for c in notebook.cells if "parameters" in c["metadata"].get("tags", [])]
+    given.source += f"\nlake = {str(tmp_path / 'lake')!r}"
+    # the parameters cell stays out of the second round: it would put right what the others spoilt
+    again = copy.deepcopy([c for c in notebook.cells if c is not given])
+    for i, cell in enumerate(again):
+        cell.id = f"again-{i}"
+    notebook.cells += again
+    NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    ).execute()
+    assert (tmp_path / "lake/intermediate/sample/10_explore_index/_manifest.json").exists()
