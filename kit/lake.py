@@ -46,6 +46,7 @@ NOT_IN_CONTENT = {
     "kit.params.train",
     "kit.show",
     "kit.cost",
+    "kit.process",
     "kit.pipeline",
     "kit",
 }

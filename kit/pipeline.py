@@ -12,16 +12,13 @@ import logging
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from kit import ROOT, KitError
+from kit import ROOT, KitError, process
 from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
 from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
@@ -139,7 +136,7 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     error: str | None = None
     with (
         tempfile.TemporaryDirectory() as folder,
-        _Follower(p.stage, folder) as follower,
+        _followed(p.stage, folder) as follower,
         stderr_to(Path(folder) / "kernel.log") as log,
     ):
         local = Path(folder) / f"{p.stage}.ipynb"
@@ -182,52 +179,41 @@ def execution(lake: Lake, run: str, stage: str) -> dict[str, float]:
 class _Follower:
     """While a stage runs: its progress and seconds on the terminal, and the peak memory of its processes."""
 
-    def __init__(self, stage: str, folder: str) -> None:
-        self.stage, self.path = stage, Path(folder) / "progress"
+    def __init__(self, stage: str, progress_file: Path) -> None:
+        self.stage, self.progress_file = stage, progress_file
         self.started = time.perf_counter()
         self.peak_mb = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> _Follower:
-        os.environ[PROGRESS_FILE] = str(self.path)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        os.environ.pop(PROGRESS_FILE, None)
+        self.quiet_until_s = QUIET_LINE_S
 
     @property
     def seconds(self) -> float:
         """Seconds since the stage was started, its kernel included."""
         return time.perf_counter() - self.started
 
-    def _follow(self) -> None:
-        last = 0.0
-        while not self._stop.wait(POLL_S):
-            self.peak_mb = max(self.peak_mb, tree_memory_mb())
-            told = self.path.read_text(encoding="utf-8") if self.path.exists() else "starting"
-            line = f"{self.stage:24} {self.seconds:6.1f} s · {told}"
-            if sys.stdout.isatty():
-                print(f"\r\x1b[K{line}", end="", flush=True)
-            elif self.seconds - last > QUIET_LINE_S:  # a log gets a line now and then, not an animation
-                last = self.seconds
-                print(line, flush=True)
+    def look(self) -> None:
+        """Note the memory, and say what the stage last said of its progress."""
+        self.peak_mb = max(self.peak_mb, process.family_bytes() / 1e6)
+        said = self.progress_file.read_text("utf-8") if self.progress_file.exists() else "starting"
+        line = f"{self.stage:24} {self.seconds:6.1f} s · {said}"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        elif self.seconds > self.quiet_until_s:  # a log gets a line now and then, not an animation
+            self.quiet_until_s = self.seconds + QUIET_LINE_S
+            print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _followed(stage: str, folder: str) -> Iterator[_Follower]:
+    """Follow `stage`, which leaves its progress in a file in `folder`, while the block runs."""
+    follower = _Follower(stage, Path(folder) / "progress")
+    os.environ[PROGRESS_FILE] = str(follower.progress_file)
+    try:
+        with process.watching(follower.look, POLL_S):
+            yield follower
+    finally:
+        os.environ.pop(PROGRESS_FILE, None)
         if sys.stdout.isatty():
             print("\r\x1b[K", end="", flush=True)
-
-
-def tree_memory_mb() -> float:
-    """Memory of this process and all below it in MB: proportional set sizes, so shared pages count once."""
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            info = process.memory_full_info()
-            total += getattr(info, "pss", 0) or info.rss
-    return total / 1e6
 
 
 def open_lake(p: Stage) -> Lake:

@@ -6,13 +6,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit import cost
+from kit import cost, process
 from kit.lake import Lake, Manifest
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
@@ -99,13 +98,8 @@ def reference_classify(run: str, lake: str, command: str) -> None:
 
 def _made_by(manifest: Manifest) -> dict[str, str]:
     """Machine, date and commit of a result."""
-    cpu = [
-        x.partition(":")[2]
-        for x in Path("/proc/cpuinfo").read_text().splitlines()
-        if x.startswith("model name")
-    ]
     return {
-        "machine": f"{os.cpu_count()} cores of {cpu[0].strip() if cpu else 'unknown'}, {compare_methods.gpu_name()}",
+        "machine": f"{process.cores()} cores of {process.processor()}, {compare_methods.gpu_name()}",
         "date": manifest.created_at[:10],
         "commit": str(manifest.code["git_sha"])[:10] + ("+" if manifest.code["dirty"] else ""),
     }

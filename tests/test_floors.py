@@ -12,7 +12,7 @@ FLOORS = (
     ("kit",),
     ("kit.params",),
     ("kit.lake",),
-    ("kit.cost",),
+    ("kit.cost", "kit.process"),
     ("kit.show",),
     ("kit.data", "kit.train"),
     ("kit.measure", "kit.launch"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import io
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -30,7 +29,7 @@ from kit.data import page as pages
 from kit.data import rows as row_files
 from kit.data.archive import ArchiveError, Page, RecordError
 from kit.data.language import detect_language
-from kit.data.spark import plan, run_tasks
+from kit.data.spark import cores_of, plan, run_tasks
 from kit.lake import Counts, Lake, Manifest, Output, StageWriter, write_table
 from kit.params import ExtractText
 
@@ -352,7 +351,7 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
         made, failures = _unfinished(lake, out)
         again = {doc_id(*(f[k] for k in PLACE)) for f in failures if f["kind"] == "retry"}
-        requests_per_s = p.requests_per_s / (p.cores or os.cpu_count() or 1)
+        requests_per_s = p.requests_per_s / cores_of(p)
         place = lake.uri, out.base, out.attempt
 
         def work(task: tuple[str, pa.Table]) -> dict[str, Any]:

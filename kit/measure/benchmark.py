@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import platform
 import re
 import tempfile
 import time
@@ -24,6 +23,7 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kit import process
 from kit.cost import usd_per_million
 from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
@@ -224,9 +224,7 @@ def gains(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> list[dic
 
 def machine() -> str:
     """The GPU of this machine, or its processor and the threads in use."""
-    info = Path("/proc/cpuinfo")
-    said = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    cpu = f"{said[1] if said else platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"{process.processor()}, {torch.get_num_threads()} threads"
     return gpu_name() if torch.cuda.is_available() else cpu
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from kit import resolve
+from kit import process, resolve
 from kit.lake import Counts, Lake, Manifest
 from kit.measure import data_jobs, near_jobs, process_tree
 from kit.measure.process_tree import Measured
@@ -93,7 +92,7 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
             failed={"row": broken} if broken else {},
         )
         metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark_against_loop(rows)}
-        return out.commit(counts, metrics | {"cores": p.cores or os.cpu_count()})
+        return out.commit(counts, metrics | {"cores": p.cores or process.cores()})
 
 
 def _slice(p: BenchmarkData, lake: Lake, out: Any, work: Path) -> tuple[Path, list[list[Any]]]:
@@ -146,7 +145,7 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
 
     from kit.data.extract import EXTRACTORS
 
-    cores, n = p.cores or os.cpu_count(), len(spots)
+    cores, n = p.cores or process.cores(), len(spots)
     here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
             "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
     rows = [

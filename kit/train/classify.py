@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -34,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from kit import ROOT
+from kit import ROOT, process
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ClassifySentiment, ParamError, nearest
 from kit.show import Progress, progress
@@ -216,8 +215,7 @@ def launch(folder: Path, job: Job, ranks: int, bar: Progress) -> list[dict[str, 
                     )
         except BaseException:
             # torchrun gives every rank a session of its own
-            for process in (*psutil.Process(run.pid).children(recursive=True), run):
-                process.kill()
+            process.kill_family(run.pid)
             raise
     if run.returncode and (folder / parallel.REPORT).exists():
         bar.note(
@@ -329,7 +327,7 @@ def predicted(
     )  # fmt: skip
     slower = made["peak_flops_a_rank"] / one["peak_flops_a_rank"]
     if not torch.cuda.is_available():
-        slower = min(slower, (os.cpu_count() or 1) / (ranks * job.threads))
+        slower = min(slower, process.cores() / (ranks * job.threads))
     links = Links(**{**made["links"], "flops_per_s": slower})
     # over one process that has a core to itself
     return slower * predict(work, links, job.strategy, ranks, job.tensor).speed_up

@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import tempfile
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import psutil
 import pyarrow as pa
 import torch
 import trl.trainer.utils
@@ -27,7 +25,7 @@ from safetensors import SafetensorError
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from kit import ROOT, show
+from kit import ROOT, process, show
 from kit.lake import Lake, StageWriter, code_identity
 from kit.params import Training
 from kit.train import fast, models
@@ -215,7 +213,7 @@ class Live(TrainerCallback):
     def __init__(self, trainer: Any, bar: show.Progress, peak: float) -> None:
         self.trainer, self.bar, self.peak = trainer, bar, peak
         self.log = Path(trainer.args.output_dir) / LOG
-        self.process, self.seen = psutil.Process(), []
+        self.seen = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -239,7 +237,7 @@ class Live(TrainerCallback):
             step.setdefault(f"{part}_seconds", 0.0)
         step["idle_seconds"] = step["seconds"] - sum(step[f"{part}_seconds"] for part in PARTS)
         step["mfu"] = step["flops"] / step["seconds"] / self.peak
-        step["memory_mb"] = round(memory_mb(self.process), 1)
+        step["memory_mb"] = round(memory_mb(), 1)
         with contextlib.suppress(
             ImportError, RuntimeError
         ):  # no driver that tells, or not its Python package
@@ -262,11 +260,11 @@ class Live(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
-def memory_mb(process: psutil.Process) -> float:
+def memory_mb() -> float:
     """Memory in use now: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
-    return process.memory_info().rss / 2**20
+    return process.resident_bytes() / 2**20
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -436,20 +434,16 @@ def peak_memory(every_s: float = 0.05) -> Iterator[dict[str, float]]:
 
     A process's own high-water mark would also count what ran before. On a GPU, its allocated peak instead.
     """
-    found, done, me = {"mb": 0.0}, threading.Event(), psutil.Process()
+    peak = {"mb": 0.0}
 
     def look() -> None:
-        while not done.wait(every_s):
-            found["mb"] = max(found["mb"], round(me.memory_info().rss / 2**20, 1))
+        peak["mb"] = max(peak["mb"], round(process.resident_bytes() / 2**20, 1))
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
     try:
-        yield found
+        with process.watching(look, every_s):
+            yield peak
     finally:
-        done.set()
-        watcher.join()
         if torch.cuda.is_available():
-            found["mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            peak["mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)

@@ -7,18 +7,15 @@ such runs reach, and the bytes that are moved beside them.
 
 from __future__ import annotations
 
-import contextlib
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import psutil
 import torch
 
+from kit import process
 from kit.params import CompareGenerations, Training, Tuning
 from kit.params.train import PASS_TOKENS
 from kit.train import fast, loop, models
@@ -96,13 +93,8 @@ def this_machine(p: Training) -> Machine:
         free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return Machine(name, free / MB, peak, GPUS["a100"].gb_per_s)
-    free, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, which psutil does not know
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return Machine("this machine", (free + own) / MB, peak, CPU_GB_PER_S, gpu=False)
+    memory = process.free_bytes() + process.resident_bytes()
+    return Machine("this machine", memory / MB, peak, CPU_GB_PER_S, gpu=False)
 
 
 def size(p: Tuning) -> tuple[str, int, int, int]:
