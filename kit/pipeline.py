@@ -7,7 +7,6 @@ and the same code. Nothing else is remembered, so a run can be killed anywhere a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from kit import ROOT, KitError, process
-from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
+from kit.lake import Input, Lake, LakeError, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
 from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
 
 FOLDER = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
-EXECUTION = "_execution.json"
 
 
 class StageFailed(KitError):
@@ -45,7 +43,7 @@ class State:
 def state(lake: Lake, p: Stage) -> State:
     """Compare a stage's committed manifest with what would go in and come out of it now."""
     manifest = lake.manifest(p.run, p.stage)
-    failure = lake.failure(p.run, p.stage)
+    failure = lake.execution(p.run, p.stage).error
     if manifest is None:
         return State(p.stage, "failed" if failure else "missing", failure or "", None)
     changed = sorted(k for k, v in p.identity().items() if manifest.params.get(k, object()) != v)
@@ -120,7 +118,7 @@ def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> La
             print(f"{name:24} done before · {losses(now.manifest.counts)}")
             continue
         manifest = run_stage(lake, p)
-        seconds = execution(lake, p.run, name)["seconds"]
+        seconds = lake.execution(p.run, name).seconds
         print(f"{name:24} {seconds:6.1f} s · {losses(manifest.counts)}", flush=True)
     return lake
 
@@ -162,18 +160,15 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     if error is None and (after is None or after == before):
         error = "the notebook ended without a new result"
     if error:
-        lake.mark_failed(p.run, p.stage, error)
+        try:
+            lake.record_execution(p.run, p.stage, error=error)
+        except LakeError as problem:  # the error itself matters more
+            print(f"(the failure could not be noted in the lake: {problem})", file=sys.stderr)
         raise StageFailed(f"{p.stage} failed: {error} (executed notebook: {target})")
-    told = {"seconds": round(follower.seconds, 1), "peak_memory_mb": round(follower.peak_mb)}
-    lake.fs.pipe_file(f"{lake.folder(p.run, p.stage)}/{EXECUTION}", json.dumps(told).encode())
+    lake.record_execution(
+        p.run, p.stage, seconds=round(follower.seconds, 1), peak_memory_mb=round(follower.peak_mb)
+    )
     return after
-
-
-def execution(lake: Lake, run: str, stage: str) -> dict[str, float]:
-    """Seconds (kernel start included) and peak memory in MB of a stage's last run under `kit run`, or {}."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(lake.fs.cat_file(f"{lake.folder(run, stage)}/{EXECUTION}"))
-    return {}
 
 
 class _Follower:
@@ -239,7 +234,7 @@ def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
     """One row a stage: status, records, seconds and memory with the kernel's own, dollars."""
     rows = []
     for s in found:
-        m, ran = s.manifest, execution(lake, run, s.stage)
+        m, ran = s.manifest, lake.execution(run, s.stage)
         rows.append(
             {
                 "stage": s.stage,
@@ -249,8 +244,8 @@ def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
                 "out": m and m.counts.records_out,
                 "dropped": m and sum(m.counts.dropped.values()),
                 "failed": m and sum(m.counts.failed.values()),
-                "seconds": ran.get("seconds", m and round(m.seconds, 1)),
-                "MB": ran.get("peak_memory_mb"),
+                "seconds": m and round(m.seconds, 1) if ran.seconds is None else ran.seconds,
+                "MB": ran.peak_memory_mb,
                 "usd": m and f"{m.cost_usd:.4f}",
                 "why": s.why,
             }

@@ -15,7 +15,7 @@ from kit import cost, process
 from kit.lake import Lake, Manifest
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
-from kit.pipeline import FOLDER, execution
+from kit.pipeline import FOLDER
 from kit.show import stderr_to
 
 
@@ -63,7 +63,8 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
     for run in (small, large):
         pages = lake.need(run, "10_explore_index").counts.records_out
         stages = [
-            (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
+            (cls(**lake.need(run, n).params), pages, lake.execution(run, n).model_dump())
+            for n, cls in STAGES.items()
         ]
         found.append(stages)
     made = _made_by(lake.need(large, "90_compare_generations")) | {"stages": cost.two_point_rates(*found)}
