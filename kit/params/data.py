@@ -18,17 +18,8 @@ class Cores(Stage):
     )
 
 
-class StartHere(Stage):
-    """00: what this machine can do, and the chain in one picture."""
-
-    stage: ClassVar[str] = "00_start_here"
-    zone: ClassVar[str] = "reports"
-
-
-class ExploreIndex(Stage):
-    """10: index → selection."""
-
-    stage: ClassVar[str] = "10_explore_index"
+class IndexTable(Stage):
+    """Stages that ask the index of a crawl."""
 
     crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
     index_path: str = Field(
@@ -36,6 +27,37 @@ class ExploreIndex(Stage):
         description="cc-index table: folder or URL above crawl=…",
         json_schema_extra=PATH,
     )
+    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
+
+
+class MainText(Stage):
+    """Stages that look for the main text of a page."""
+
+    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
+        "auto",
+        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
+    )
+
+
+class Screening(Stage):
+    """Stages that may drop a document for what its text as a whole is; 20 with `prefilter` asks before it extracts."""
+
+    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
+    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
+
+
+class StartHere(Stage):
+    """00: what this machine can do, and the chain in one picture."""
+
+    stage: ClassVar[str] = "00_start_here"
+    zone: ClassVar[str] = "reports"
+
+
+class ExploreIndex(IndexTable):
+    """10: index → selection."""
+
+    stage: ClassVar[str] = "10_explore_index"
+
     archive_base: str = Field(
         "data_samples",
         description="what warc_filename is relative to: folder, s3://commoncrawl or https://…",
@@ -61,27 +83,19 @@ class ExploreIndex(Stage):
         description="Parquet files of the index, or lists of them (….paths.gz); empty = all below index_path",
         json_schema_extra=PATH,
     )
-    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     max_scan_gb: float = Field(
         5.0, description="a question that would read more of the index is refused", gt=0
     )
     max_pages: int = Field(0, description="stop after so many pages for a quick trial, 0 = all", ge=0)
 
 
-class QueryWithAthena(Stage):
+class QueryWithAthena(IndexTable):
     """11: the same questions, as Athena SQL."""
 
     stage: ClassVar[str] = "11_query_with_athena"
     zone: ClassVar[str] = "reports"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
-    index_path: str = Field(
-        "data_samples/cc-index/table/cc-main/warc",
-        description="cc-index table: folder or URL above crawl=…",
-        json_schema_extra=PATH,
-    )
-    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     athena_database: str = Field("ccindex", description="Athena database to create", pattern=r"^\w+$")
     athena_output: str = Field("s3://your-bucket/athena/", description="where Athena writes its results")
     site: str = Field(
@@ -89,13 +103,9 @@ class QueryWithAthena(Stage):
     )
 
 
-class Extracting(Stage):
+class Extracting(MainText, Screening):
     """What it takes to turn a page into a document, on a cluster or on arrival."""
 
-    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
-        "auto",
-        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
-    )
     page_timeout_s: float = Field(20.0, description="a page that takes longer is killed, and counted", gt=0)
     page_memory_mb: float = Field(1024.0, description="a page that takes more is killed, and counted", gt=0)
     max_page_mb: float = Field(4.0, description="larger decoded pages are given up, and counted", gt=0)
@@ -104,11 +114,9 @@ class Extracting(Stage):
         False,
         description="drop a page before its main text is looked for where all its text rules it out (min_words, keep_languages)",
     )
-    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
-    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
 
 
-class Refining(Stage):
+class Refining(Screening):
     """What it takes to tag, mask and judge a document, on a cluster or on arrival."""
 
     quality_rules: Strings = Field(
@@ -122,8 +130,6 @@ class Refining(Stage):
         [], description="other bounds of rules: 'c4: sentences >= 3', 'fineweb: short_lines <= 0.8'"
     )
     min_lang_score: float = Field(0.65, description="least confidence of the language id", ge=0, le=1)
-    keep_languages: Strings = Field([], description="languages to keep (ISO 639-1), empty = all")
-    min_words: int = Field(50, description="Gopher: fewest words", ge=0)
     max_words: int = Field(100_000, description="Gopher: most words", ge=1)
     max_duplicate_lines: float = Field(0.3, description="Gopher: share of repeated lines", ge=0, le=1)
     blocked_urls: str = Field(
@@ -300,7 +306,7 @@ class BalanceTokenization(Cores):
     packed_tokens: int = Field(1024, description="length of a packed row, in tokens", ge=8)
 
 
-class BenchmarkData(Cores):
+class BenchmarkData(Cores, MainText):
     """81: what the data half does per core, side by side with its peers, and what a whole crawl would take."""
 
     stage: ClassVar[str] = "81_benchmark_data"
@@ -314,10 +320,6 @@ class BenchmarkData(Cores):
     benchmark_pages: int = Field(100, description="pages to measure on, at most", ge=1)
     benchmark_rounds: int = Field(
         2, description="how often each row is measured, in alternating order; the median counts", ge=1
-    )
-    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
-        "auto",
-        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
     )
     spark_archive: str = Field(
         "",
