@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from kit import ROOT, KitError
+from kit import ROOT, KitError, process
 from kit.lake import Counts, Lake, Manifest
 from kit.params import StartHere
 
@@ -34,7 +34,7 @@ def _python() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    total = process.memory_bytes() / 1e9
     ok = total >= 6
     return Finding(
         "memory", f"{total:.0f} GB", ok, "the demo fits (6 GB)" if ok else "less than the demo's 6 GB"
@@ -42,7 +42,7 @@ def _memory() -> Finding:
 
 
 def _cores() -> Finding:
-    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n = process.cores()
     return Finding("cores", str(n), True, f"Spark runs local[{n}]")
 
 

@@ -22,7 +22,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata, util
@@ -39,7 +39,7 @@ from kit.params import NOTEBOOKS, SIDE_TRIPS, ParamError, Stage
 
 SCHEMA_VERSION = 1
 MANIFEST = "_manifest.json"
-FAILED = "_failed.json"
+EXECUTION = "_execution.json"
 WHOLE_FILE_HASH_BYTES = 64 << 20
 NOT_IN_CONTENT = {
     "kit.params",
@@ -50,6 +50,7 @@ NOT_IN_CONTENT = {
     "kit.show",
     "kit.cost",
     "kit.reference",
+    "kit.process",
     "kit.pipeline",
     "kit",
 }
@@ -170,6 +171,24 @@ class Manifest(BaseModel):
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+class Execution(BaseModel):
+    """How a stage's last try under `kit run` went: `_execution.json`, beside the manifest and no part of the commit.
+
+    `commit` is the SHA-256 of the manifest that was there when this was written. The record holds as long as that is
+    the last one: the next commit, whoever makes it, makes the record void, and neither sweeps nor changes it.
+    """
+
+    commit: str | None
+    """None: nothing was committed."""
+    seconds: float | None = None
+    """What the commit took, the kernel's start included."""
+    peak_memory_mb: int | None = None
+    """Most that the kit's processes held together meanwhile, 10⁶ bytes."""
+    error: str | None = None
+    """One line of what ended a later try, or one that committed before it failed."""
+    written_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+
 class Lake:
     """A place for results. Raises `LakeError` with one clear line wherever the store says no."""
 
@@ -195,15 +214,26 @@ class Lake:
     def manifest(self, run: str, stage: str) -> Manifest | None:
         """The committed manifest, or None; raises `LakeError` when it is damaged."""
         path = f"{self.folder(run, stage)}/{MANIFEST}"
-        with explained(f"cannot read {path}"):
-            try:
-                raw = self.fs.cat_file(path)
-            except (FileNotFoundError, NotADirectoryError):
-                return None
+        raw = self._bytes(path)
+        if raw is None:
+            return None
         try:
             return Manifest.model_validate_json(raw)
         except ValueError as error:
             raise LakeError(f"{path} is not a manifest ({str(error).splitlines()[0]}); remove it") from None
+
+    def _bytes(self, path: str) -> bytes | None:
+        """A file's content, None where there is no such file."""
+        with explained(f"cannot read {path}"):
+            try:
+                return self.fs.cat_file(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def commit_sha256(self, run: str, stage: str) -> str | None:
+        """SHA-256 of the committed manifest's bytes, which names this one commit; None where there is none."""
+        raw = self._bytes(f"{self.folder(run, stage)}/{MANIFEST}")
+        return None if raw is None else hashlib.sha256(raw).hexdigest()
 
     def runs(self) -> list[str]:
         """Names of the runs that have a committed stage."""
@@ -270,21 +300,23 @@ class Lake:
         if writer.committed is None:
             raise LakeError(f"{p.stage} ended without a commit; nothing was recorded")
 
-    def mark_failed(self, run: str, stage: str, error: str) -> None:
-        """Leave a note of the last failure beside the last good result; best effort, the error goes on."""
-        note = {"error": error, "at": datetime.now(UTC).isoformat(timespec="seconds")}
-        try:
-            self.fs.makedirs(self.folder(run, stage), exist_ok=True)
-            self.fs.pipe_file(f"{self.folder(run, stage)}/{FAILED}", json.dumps(note).encode())
-        except OSError as problem:
-            print(f"(the failure could not be noted in the lake: {problem})")
+    def execution(self, run: str, stage: str) -> Execution:
+        """The record of the stage's last try; one that says nothing where there is none that holds for its last commit."""
+        commit = self.commit_sha256(run, stage)
+        raw = self._bytes(f"{self.folder(run, stage)}/{EXECUTION}")
+        with suppress(ValueError):  # another version's, or damaged: no more than a note is lost
+            record = Execution.model_validate_json(raw or b"")
+            if record.commit == commit:
+                return record
+        return Execution(commit=commit)
 
-    def failure(self, run: str, stage: str) -> str | None:
-        """The note `mark_failed` left, or None."""
-        try:
-            return json.loads(self.fs.cat_file(f"{self.folder(run, stage)}/{FAILED}"))["error"]
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            return None
+    def record_execution(self, run: str, stage: str, **facts: Any) -> None:
+        """Write what is known of the last try, as fields of `Execution`, over what its record says of the same commit."""
+        known = self.execution(run, stage).model_dump(exclude={"written_at"})
+        path = f"{self.folder(run, stage)}/{EXECUTION}"
+        with explained(f"cannot write {path}"):
+            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            put(self, path, Execution(**known | facts).model_dump_json(indent=1).encode())
 
 
 class StageWriter:
@@ -303,11 +335,10 @@ class StageWriter:
     def read(self, stage: str) -> Manifest:
         """The committed result of `stage`, noted as an input of this one."""
         manifest = self.lake.need(self.p.run, stage)
-        raw = self.lake.fs.cat_file(f"{self.lake.folder(self.p.run, stage)}/{MANIFEST}")
         self.inputs.append(
             Input(
                 uri=f"{NOTEBOOKS[stage].zone}/{self.p.run}/{stage}",
-                manifest_sha256=hashlib.sha256(raw).hexdigest(),
+                manifest_sha256=self.lake.commit_sha256(self.p.run, stage),
                 content_sha256=manifest.content_sha256,
             )
         )
@@ -378,7 +409,7 @@ class StageWriter:
     def _sweep(self, *keep: Manifest | None) -> None:
         """Remove parts of killed attempts; the previous result stays for readers that opened it."""
         listed = {f"{self.base}/{o.path}" for m in keep if m for o in m.outputs}
-        listed.add(f"{self.base}/{MANIFEST}")
+        listed |= {f"{self.base}/{name}" for name in (MANIFEST, EXECUTION)}
         for path in self.lake.fs.find(self.base):
             if path not in listed:
                 self.lake.fs.rm_file(path)

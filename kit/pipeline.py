@@ -7,28 +7,23 @@ and the same code. Nothing else is remembered, so a run can be killed anywhere a
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from kit import ROOT, KitError
-from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
+from kit import ROOT, KitError, process
+from kit.lake import Input, Lake, LakeError, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
 from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
 
 FOLDER = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
-EXECUTION = "_execution.json"
 
 
 class StageFailed(KitError):
@@ -48,7 +43,7 @@ class State:
 def state(lake: Lake, p: Stage) -> State:
     """Compare a stage's committed manifest with what would go in and come out of it now."""
     manifest = lake.manifest(p.run, p.stage)
-    failure = lake.failure(p.run, p.stage)
+    failure = lake.execution(p.run, p.stage).error
     if manifest is None:
         return State(p.stage, "failed" if failure else "missing", failure or "", None)
     changed = sorted(k for k, v in p.identity().items() if manifest.params.get(k, object()) != v)
@@ -123,7 +118,7 @@ def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> La
             print(f"{name:24} done before · {losses(now.manifest.counts)}")
             continue
         manifest = run_stage(lake, p)
-        seconds = execution(lake, p.run, name)["seconds"]
+        seconds = lake.execution(p.run, name).seconds
         print(f"{name:24} {seconds:6.1f} s · {losses(manifest.counts)}", flush=True)
     return lake
 
@@ -139,7 +134,7 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     error: str | None = None
     with (
         tempfile.TemporaryDirectory() as folder,
-        _Follower(p.stage, folder) as follower,
+        _followed(p.stage, folder) as follower,
         stderr_to(Path(folder) / "kernel.log") as log,
     ):
         local = Path(folder) / f"{p.stage}.ipynb"
@@ -165,69 +160,55 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     if error is None and (after is None or after == before):
         error = "the notebook ended without a new result"
     if error:
-        lake.mark_failed(p.run, p.stage, error)
+        try:
+            lake.record_execution(p.run, p.stage, error=error)
+        except LakeError as problem:  # the error itself matters more
+            print(f"(the failure could not be noted in the lake: {problem})", file=sys.stderr)
         raise StageFailed(f"{p.stage} failed: {error} (executed notebook: {target})")
-    told = {"seconds": round(follower.seconds, 1), "peak_memory_mb": round(follower.peak_mb)}
-    lake.fs.pipe_file(f"{lake.folder(p.run, p.stage)}/{EXECUTION}", json.dumps(told).encode())
+    lake.record_execution(
+        p.run, p.stage, seconds=round(follower.seconds, 1), peak_memory_mb=round(follower.peak_mb)
+    )
     return after
-
-
-def execution(lake: Lake, run: str, stage: str) -> dict[str, float]:
-    """Seconds (kernel start included) and peak memory in MB of a stage's last run under `kit run`, or {}."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads(lake.fs.cat_file(f"{lake.folder(run, stage)}/{EXECUTION}"))
-    return {}
 
 
 class _Follower:
     """While a stage runs: its progress and seconds on the terminal, and the peak memory of its processes."""
 
-    def __init__(self, stage: str, folder: str) -> None:
-        self.stage, self.path = stage, Path(folder) / "progress"
+    def __init__(self, stage: str, progress_file: Path) -> None:
+        self.stage, self.progress_file = stage, progress_file
         self.started = time.perf_counter()
         self.peak_mb = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-
-    def __enter__(self) -> _Follower:
-        os.environ[PROGRESS_FILE] = str(self.path)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        os.environ.pop(PROGRESS_FILE, None)
+        self.quiet_until_s = QUIET_LINE_S
 
     @property
     def seconds(self) -> float:
         """Seconds since the stage was started, its kernel included."""
         return time.perf_counter() - self.started
 
-    def _follow(self) -> None:
-        last = 0.0
-        while not self._stop.wait(POLL_S):
-            self.peak_mb = max(self.peak_mb, tree_memory_mb())
-            told = self.path.read_text(encoding="utf-8") if self.path.exists() else "starting"
-            line = f"{self.stage:24} {self.seconds:6.1f} s · {told}"
-            if sys.stdout.isatty():
-                print(f"\r\x1b[K{line}", end="", flush=True)
-            elif self.seconds - last > QUIET_LINE_S:  # a log gets a line now and then, not an animation
-                last = self.seconds
-                print(line, flush=True)
+    def look(self) -> None:
+        """Note the memory, and say what the stage last said of its progress."""
+        self.peak_mb = max(self.peak_mb, process.family_bytes() / 1e6)
+        said = self.progress_file.read_text("utf-8") if self.progress_file.exists() else "starting"
+        line = f"{self.stage:24} {self.seconds:6.1f} s · {said}"
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        elif self.seconds > self.quiet_until_s:  # a log gets a line now and then, not an animation
+            self.quiet_until_s = self.seconds + QUIET_LINE_S
+            print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _followed(stage: str, folder: str) -> Iterator[_Follower]:
+    """Follow `stage`, which leaves its progress in a file in `folder`, while the block runs."""
+    follower = _Follower(stage, Path(folder) / "progress")
+    os.environ[PROGRESS_FILE] = str(follower.progress_file)
+    try:
+        with process.watching(follower.look, POLL_S):
+            yield follower
+    finally:
+        os.environ.pop(PROGRESS_FILE, None)
         if sys.stdout.isatty():
             print("\r\x1b[K", end="", flush=True)
-
-
-def tree_memory_mb() -> float:
-    """Memory of this process and all below it in MB: proportional set sizes, so shared pages count once."""
-    total = 0
-    me = psutil.Process()
-    for process in [me, *me.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            info = process.memory_full_info()
-            total += getattr(info, "pss", 0) or info.rss
-    return total / 1e6
 
 
 def open_lake(p: Stage) -> Lake:
@@ -252,7 +233,7 @@ def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
     """One row a stage: status, records, seconds and memory with the kernel's own, dollars."""
     rows = []
     for s in found:
-        m, ran = s.manifest, execution(lake, run, s.stage)
+        m, ran = s.manifest, lake.execution(run, s.stage)
         rows.append(
             {
                 "stage": s.stage,
@@ -262,8 +243,8 @@ def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
                 "out": m and m.counts.records_out,
                 "dropped": m and sum(m.counts.dropped.values()),
                 "failed": m and sum(m.counts.failed.values()),
-                "seconds": ran.get("seconds", m and round(m.seconds, 1)),
-                "MB": ran.get("peak_memory_mb"),
+                "seconds": m and round(m.seconds, 1) if ran.seconds is None else ran.seconds,
+                "MB": ran.peak_memory_mb,
                 "usd": m and f"{m.cost_usd:.4f}",
                 "why": s.why,
             }

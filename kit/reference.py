@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -45,13 +44,6 @@ def write(name: str, manifest: Manifest, machine: str, figures: Mapping[str, Any
     _file(name).write_text(text + "\n", encoding="utf-8")
     read.cache_clear()
 
-
-def processor() -> str:
-    """The processor of this machine as Linux names it; elsewhere its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def _file(name: str) -> Path:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kit import cost, reference
+from kit import cost, process, reference
 from kit.lake import Lake, source_sha256
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
-from kit.pipeline import FOLDER, execution
+from kit.pipeline import FOLDER
 from kit.show import stderr_to
 
 
@@ -71,7 +70,8 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
     for run in (small, large):
         pages = lake.need(run, "10_explore_index").counts.records_out
         stages = [
-            (cls(**lake.need(run, n).params), pages, execution(lake, run, n)) for n, cls in STAGES.items()
+            (cls(**lake.need(run, n).params), pages, lake.execution(run, n).model_dump())
+            for n, cls in STAGES.items()
         ]
         found.append(stages)
     last = lake.need(large, "90_compare_generations")
@@ -99,7 +99,7 @@ def reference_classify(run: str, lake: str, command: str) -> None:
 
 def machine() -> str:
     """This machine, in words."""
-    return f"{os.cpu_count()} cores of {reference.processor()}, {compare_methods.gpu_name()}"
+    return f"{process.cores()} cores of {process.processor()}, {compare_methods.gpu_name()}"
 
 
 def main(words: list[str] | None = None) -> None:

@@ -13,7 +13,7 @@ FLOORS = (
     ("kit.params",),
     ("kit.lake",),
     ("kit.reference",),
-    ("kit.cost",),
+    ("kit.cost", "kit.process"),
     ("kit.show",),
     ("kit.data", "kit.train"),
     ("kit.measure", "kit.launch"),

@@ -311,3 +311,37 @@ def test_rows_of_which_the_first_failed_keep_the_columns_of_the_others(lake):
         out.rows("table", rows, pa.schema([("seconds", pa.float64())]))
         named = out.commit(Counts(records_in=2, records_out=2))
     assert lake.table(named, "table").column_names == ["seconds"]
+STAGE = "r", "10_explore_index"
+
+
+def test_the_record_of_a_try_is_not_swept_and_holds_for_its_commit_alone(lake):
+    commit(lake)
+    lake.record_execution(*STAGE, seconds=2.5, peak_memory_mb=300)
+    record = lake.execution(*STAGE)
+    assert (record.seconds, record.peak_memory_mb, record.error) == (2.5, 300, None)
+    assert record.commit == lake.commit_sha256(*STAGE)
+    path = f"{lake.folder(*STAGE)}/{lake_module.EXECUTION}"
+    before = lake.fs.cat_file(path)
+    commit(lake)
+    assert lake.fs.cat_file(path) == before, "the next commit sweeps it or writes into it"
+    assert lake.execution(*STAGE).seconds is None, "it tells of another commit"
+    lake.record_execution(*STAGE, seconds=1.0)
+    assert lake.execution(*STAGE).peak_memory_mb is None, "from the record of another commit"
+
+
+def test_a_failure_leaves_what_the_last_good_result_took(lake):
+    lake.record_execution(*STAGE, error="no luck")
+    assert lake.execution(*STAGE).error == "no luck" and lake.manifest(*STAGE) is None
+    commit(lake)
+    assert lake.execution(*STAGE).error is None
+    lake.record_execution(*STAGE, seconds=2.5)
+    lake.record_execution(*STAGE, error="no luck")
+    record = lake.execution(*STAGE)
+    assert (record.seconds, record.error) == (2.5, "no luck")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"seconds": 3}', '{"commit": null, "seconds": "x"}'])
+def test_a_damaged_record_of_a_try_is_none(lake, text):
+    commit(lake)
+    lake.fs.pipe_file(f"{lake.folder(*STAGE)}/{lake_module.EXECUTION}", text.encode())
+    assert lake.execution(*STAGE).seconds is None

@@ -7,6 +7,7 @@ with the few steps of `params/smoke.yaml` as long as their committed outputs wer
 """
 
 import ast
+import copy
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
@@ -98,6 +100,69 @@ def test_the_first_cell_is_a_card(notebook):
     )
 
 
+def assigned(source: str) -> set[str]:
+    """Names that running a cell gives a value to: assignments, loops, `with … as`, `:=`, imports, functions."""
+    if source.startswith("%%"):  # a cell magic's body is not this notebook's code
+        return set()
+    names = set()
+    todo = list(ast.parse(re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            continue  # what is assigned inside stays inside
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+        todo += ast.iter_child_nodes(node)
+    return names
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "lake = 1",
+        "a, (b, lake) = x",
+        "lake: int = 1",
+        "lake += 1",
+        "for lake in x: pass",
+        "with open(x) as lake: pass",
+        "f(lake := 1)",
+        "import lake.store",
+        "from a import b as lake",
+        "def lake(): pass",
+        "if x:\n    lake = 1",
+    ],
+)
+def test_every_way_to_assign_a_name_is_seen(source):
+    assert "lake" in assigned(source)
+    assert "lake" not in assigned("def f(lake):\n    lake = 1\ng(lake=lambda lake: lake.x)\nlake.x = 1")
+
+
+def test_no_cell_assigns_a_parameter(notebook):
+    """A cell that does cannot be run again: the parameters cell would be read back with what it left."""
+    parameters = set(params.NOTEBOOKS[notebook["stem"]].model_fields)
+    for source, cell in code(notebook):
+        if "parameters" not in cell["metadata"].get("tags", []):
+            assert not assigned(source) & parameters
+
+
+def test_every_cell_can_be_run_again(tmp_path):
+    notebook = nbformat.read(ROOT / "notebooks" / "10_explore_index.ipynb", as_version=4)
+    (given,) = [c for c in notebook.cells if "parameters" in c["metadata"].get("tags", [])]
+    given.source += f"\nlake = {str(tmp_path / 'lake')!r}"
+    # the parameters cell stays out of the second round: it would put right what the others spoilt
+    again = copy.deepcopy([c for c in notebook.cells if c is not given])
+    for i, cell in enumerate(again):
+        cell.id = f"again-{i}"
+    notebook.cells += again
+    NotebookClient(
+        notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    ).execute()
+    assert (tmp_path / "lake/intermediate/sample/10_explore_index/_manifest.json").exists()
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
 DATA = [stem for stem in params.NOTEBOOKS if stem < "60"]
 
@@ -139,10 +204,10 @@ def test_nbval(chain, stem, tmp_path):
     if values:  # other counts than the committed ones: every cell must run, none is compared
         for cell in notebook.cells:
             cell.source = cell.source.removeprefix("# NBVAL_CHECK_OUTPUT\n")
-    copy = tmp_path / f"{stem}.ipynb"
-    nbformat.write(notebook, copy)
+    here = tmp_path / f"{stem}.ipynb"
+    nbformat.write(notebook, here)
     (tmp_path / "jobs").symlink_to(ROOT / "notebooks" / "jobs")  # 21 writes a job there and reads it again
-    words = ["-q", "--nbval-lax", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", copy]
+    words = ["-q", "--nbval-lax", "-c", os.devnull, "--rootdir", tmp_path, "-p", "no:cacheprovider", here]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *words],

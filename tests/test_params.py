@@ -11,7 +11,9 @@ from kit.params import (
     ExtractText,
     ParamError,
     RefineText,
+    Stage,
     for_stage,
+    known_fields,
     load_recipe,
     validate,
 )
@@ -68,6 +70,15 @@ def test_one_name_means_one_thing():
         for name, field in cls.model_fields.items():
             meaning = (field.annotation, field.default, field.description)
             assert seen.setdefault(name, meaning) == meaning, f"{name} means two things"
+
+
+def test_a_parameter_is_declared_once():
+    """Stages that share one inherit it: a default or a bound is changed in one place."""
+    declared = {}
+    for cls in {base for stage in NOTEBOOKS.values() for base in stage.__mro__ if issubclass(base, Stage)}:
+        for name in cls.__annotations__.keys() & cls.model_fields.keys():
+            assert declared.setdefault(name, cls) is cls, f"{name}: {cls.__name__}, {declared[name].__name__}"
+    assert declared.keys() == known_fields().keys()
 
 
 def test_from_cell_takes_only_what_the_stage_knows():

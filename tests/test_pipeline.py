@@ -81,7 +81,7 @@ def _other_code_for(name):
 
 def test_a_failure_is_told_until_the_stage_is_committed(lake):
     make_all(lake)
-    lake.mark_failed("r", "30_refine_text", "out of luck")
+    lake.record_execution("r", "30_refine_text", error="out of luck")
     assert not_done(lake)["30"] == "out of luck"
     make(lake, "30_refine_text")
     assert not_done(lake) == {}
@@ -125,7 +125,7 @@ def test_a_broken_notebook_is_one_line_and_leaves_the_last_good_result(
         run_stage(lake, p)
     assert "\n" not in str(error.value) and error.value.exit_status == 1
     assert lake.manifest("r", "10_explore_index") == good
-    assert lake.failure("r", "10_explore_index")
+    assert lake.execution("r", "10_explore_index").error
     assert lake.fs.exists(f"{lake.root}/reports/r/notebooks/10_explore_index.ipynb")
 
 
@@ -134,3 +134,31 @@ def test_the_report_of_a_run_is_a_page(lake):
     path = pipeline.report(lake, "r", states(lake, {**VALUES, "lake": lake.uri}))
     text = lake.fs.cat_file(path).decode()
     assert text.startswith("<!doctype html>") and all(name in text for name in STAGES)
+
+
+COMMITS = """
+from kit.lake import Counts, Lake
+from kit.params import ExploreIndex
+
+p = ExploreIndex.from_cell({"run": run, "lake": lake})
+with Lake(p.lake).stage(p) as out:
+    out.bytes("page.txt", b"x")
+    out.commit(Counts(records_in=1, records_out=1))
+"""
+
+
+def test_what_a_run_took_is_told_until_another_commit(lake, tmp_path, monkeypatch):
+    notebook(tmp_path, COMMITS)
+    monkeypatch.setattr(pipeline, "FOLDER", tmp_path)
+    values = {**VALUES, "lake": lake.uri}
+    run_stage(lake, for_stage(STAGES["10_explore_index"], values))
+    took = lake.execution("r", "10_explore_index")
+    assert took.seconds > 0 and took.peak_memory_mb > 10 and took.error is None
+
+    def row():
+        return pipeline.stage_table(lake, "r", states(lake, values)).rows[1]
+
+    assert row()["stage"] == "10_explore_index"
+    assert (row()["seconds"], row()["MB"]) == (took.seconds, took.peak_memory_mb)
+    make(lake, "10_explore_index")  # by hand, as Run All does
+    assert row()["seconds"] < took.seconds and row()["MB"] is None

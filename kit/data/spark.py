@@ -20,7 +20,7 @@ from pyspark import Accumulator
 from pyspark.core.rdd import RDD
 from pyspark.sql import SparkSession
 
-from kit import ROOT, KitError
+from kit import ROOT, KitError, process
 from kit.params import Cores
 from kit.show import Progress, progress, stderr_to
 
@@ -81,6 +81,16 @@ def _shim(home: Path) -> Path:
     return shim.parent.parent
 
 
+def cores_of(p: Cores) -> int:
+    """Local cores that Spark takes for these parameters."""
+    return p.cores or process.cores()
+
+
+def master(p: Cores) -> str:
+    """Spark's name for this many local cores, `local[4]`."""
+    return f"local[{cores_of(p)}]"
+
+
 def session(p: Cores, java_options: str = QUICK) -> SparkSession:
     """The process's Spark session on `p.cores` local cores; one on other cores is ended first.
 
@@ -95,9 +105,9 @@ def session(p: Cores, java_options: str = QUICK) -> SparkSession:
     quiet.parent.mkdir(exist_ok=True)
     quiet.write_text(LOG4J)
     os.environ.setdefault("SPARK_SUBMIT_OPTS", f"-Dlog4j2.configurationFile={quiet.as_uri()}")
-    cores = p.cores or os.cpu_count() or 1
+    cores = cores_of(p)
     active = SparkSession.getActiveSession()
-    if active and active.sparkContext.master == f"local[{cores}]":
+    if active and active.sparkContext.master == master(p):
         return active
     if active:
         active.stop()
@@ -105,7 +115,7 @@ def session(p: Cores, java_options: str = QUICK) -> SparkSession:
         # the JVM keeps the stderr it is born with: a file, so that its chatter stays out of notebooks
         with stderr_to(JVM_LOG):
             return (
-                SparkSession.builder.master(f"local[{cores}]")
+                SparkSession.builder.master(master(p))
                 .appName("kit")
                 .config("spark.ui.enabled", "false")
                 .config("spark.ui.showConsoleProgress", "false")

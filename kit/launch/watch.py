@@ -25,6 +25,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import pyarrow as pa
 import watchfiles
 
+from kit import process
 from kit.lake import MANIFEST, Account, Input, Lake, LakeError, Manifest, fingerprint
 from kit.launch.on_arrival import commit, commits, handle, put, put_table, read_manifest, tokens, zone
 from kit.params import RefineOnArrival
@@ -125,7 +126,7 @@ def watch(
 
 def workers_of(p: RefineOnArrival) -> int:
     """How many files are refined at the same time."""
-    return p.workers or os.cpu_count() or 1
+    return p.workers or process.cores()
 
 
 def _pool(p: RefineOnArrival) -> ProcessPoolExecutor:

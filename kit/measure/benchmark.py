@@ -23,11 +23,11 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kit import process
 from kit.cost import usd_per_million
 from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
 from kit.params import BenchmarkTraining, FinetuneSft, ParamError, nearest
-from kit.reference import processor
 from kit.show import progress
 from kit.train import load, settings
 from kit.train.describe import with_layers
@@ -221,9 +221,8 @@ def gains(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> list[dic
 
 def machine() -> str:
     """The GPU of this machine, or its processor and the threads in use."""
-    if torch.cuda.is_available():
-        return gpu_name()
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    cpu = f"{process.processor()}, {torch.get_num_threads()} threads"
+    return gpu_name() if torch.cuda.is_available() else cpu
 
 
 def measured_bandwidth(megabytes: int = 256, tries: int = 6) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from kit import resolve
+from kit import process, resolve
 from kit.lake import Lake, StageWriter
 from kit.measure import near_jobs
 from kit.measure.process_tree import Measured
@@ -88,7 +87,7 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
 
     from kit.data.extract import EXTRACTORS
 
-    cores, n = p.cores or os.cpu_count(), len(spots)
+    cores, n = p.cores or process.cores(), len(spots)
     here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
             "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
     rows = [

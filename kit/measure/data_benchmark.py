@@ -11,7 +11,6 @@ The full table (about 15 minutes; peers as an extra in an environment of their o
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kit import resolve
+from kit import process, resolve
 from kit.lake import Counts, Lake, Manifest
 from kit.measure import data_jobs, near_jobs, process_tree
 from kit.measure.benchmark_rows import NEAR_DEDUP, Row, plan_rows, sampled_pages
@@ -69,7 +68,7 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
             failed={"row": broken} if broken else {},
         )
         metrics = {"pages": len(spots), "bytes_per_page": bytes_per_page, "spark": spark_against_loop(rows)}
-        return out.commit(counts, metrics | {"cores": p.cores or os.cpu_count()})
+        return out.commit(counts, metrics | {"cores": p.cores or process.cores()})
 
 
 def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:

@@ -1,6 +1,6 @@
 """Training steps of a Llama with random weights, timed on a GPU (or tried on a CPU): the rows of `gpu_suite`.
 
-Imports torch, transformers and peft, bitsandbytes for QLoRA, and of the kit only `kit.train.flops` and `kit.train.settings`.
+Imports torch, transformers and peft, bitsandbytes for QLoRA, and of the kit only modules that need no more than these.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from peft import get_peft_model
 from torch.nn import functional as F
@@ -23,6 +22,7 @@ try:
 except ImportError:  # torch < 2.10: its row fails and says so
     varlen_attn = None
 
+from kit import process
 from kit.train import settings
 from kit.train.adapters import low_rank
 from kit.train.batches import IGNORED, summed_loss
@@ -69,7 +69,7 @@ def sync() -> float:
 
 def memory() -> tuple[int, int]:
     """Bytes allocated on the GPU now and at most since `free`; without one, the process's resident bytes."""
-    now = torch.cuda.memory_allocated() if GPU else psutil.Process().memory_info().rss
+    now = torch.cuda.memory_allocated() if GPU else process.resident_bytes()
     return now, torch.cuda.max_memory_allocated() if GPU else now
 
 

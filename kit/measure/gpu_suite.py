@@ -2,8 +2,8 @@
 
     python -m kit.measure.gpu_suite --out FOLDER [--minutes 9] [--only NAME,…] [--tiny]
 
-Needs torch, transformers and peft; trl, datasets and bitsandbytes for their rows; of the kit only `kit.train.flops` and
-`kit.train.settings`. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
+Needs torch, transformers and peft; trl, datasets and bitsandbytes for their rows; of the kit only modules that need no
+more. Random weights: right for speed and memory. Each row is one line of `FOLDER/gpu_suite.jsonl` at once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
+from kit import process
 from kit.measure import gpu_steps
 from kit.measure.gpu_steps import DEVICE, GPU, Case, free, sync
 from kit.train import settings
@@ -86,7 +86,7 @@ class Suite:
         self.edge, self.seconds = (256, 0.1) if tiny else (8192, 1.0)
         self.measured = measured_peak(self.edge, torch.bfloat16, self.seconds)
         self.sheet = peak_of(torch.cuda.get_device_name()) if GPU else None
-        self.memory = torch.cuda.mem_get_info()[1] if GPU else psutil.virtual_memory().total
+        self.memory = torch.cuda.mem_get_info()[1] if GPU else process.memory_bytes()
 
     def run(self, name: str) -> dict[str, Any]:
         """One row by its name. Raises `Skip`, and whatever goes wrong."""

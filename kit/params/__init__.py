@@ -14,27 +14,21 @@ from kit.params.data import (
     BalanceTokenization,
     BenchmarkData,
     BuildDatasets,
-    Cores,
     Deduplicate,
     ExploreIndex,
-    Extracting,
     ExtractText,
     QueryWithAthena,
     RefineOnArrival,
     RefineText,
-    Refining,
     StartHere,
     WriteYourOwnJob,
 )
-from kit.params.stage import (
-    PATH,
-    ParamError,
-    Stage,
-    Strings,
-    nearest,
-)
+from kit.params.data import Cores as Cores
+from kit.params.data import Extracting as Extracting
+from kit.params.data import Refining as Refining
+from kit.params.stage import ParamError, Stage, nearest
+from kit.params.train import METHODS as METHODS
 from kit.params.train import (
-    METHODS,
     AlignDpo,
     BenchmarkTraining,
     ClassifySentiment,
@@ -46,55 +40,9 @@ from kit.params.train import (
     FinetuneSft,
     MergeAndExport,
     RewardAndPolicy,
-    Training,
-    Tuning,
 )
-
-__all__ = [
-    "METHODS",
-    "NOTEBOOKS",
-    "PATH",
-    "SIDE_TRIPS",
-    "STAGES",
-    "AlignDpo",
-    "AugmentText",
-    "BalanceTokenization",
-    "BenchmarkData",
-    "BenchmarkTraining",
-    "BuildDatasets",
-    "ClassifySentiment",
-    "CompareGenerations",
-    "ComparePeft",
-    "ConstitutionalFeedback",
-    "ContinuePretraining",
-    "Cores",
-    "Deduplicate",
-    "Distill",
-    "ExploreIndex",
-    "ExtractText",
-    "Extracting",
-    "FinetuneSft",
-    "MergeAndExport",
-    "ParamError",
-    "QueryWithAthena",
-    "RefineOnArrival",
-    "RefineText",
-    "Refining",
-    "RewardAndPolicy",
-    "Stage",
-    "StartHere",
-    "Strings",
-    "Training",
-    "Tuning",
-    "WriteYourOwnJob",
-    "for_stage",
-    "is_list",
-    "is_path",
-    "known_fields",
-    "load_recipe",
-    "nearest",
-    "validate",
-]
+from kit.params.train import Training as Training
+from kit.params.train import Tuning as Tuning
 
 STAGES: dict[str, type[Stage]] = {
     cls.stage: cls

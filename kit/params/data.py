@@ -35,17 +35,8 @@ class Fetching(Contact):
     retries: int = Field(6, description="how often a request that fails for a while is tried again", ge=0)
 
 
-class StartHere(Stage):
-    """00: what this machine can do, and the chain in one picture."""
-
-    stage: ClassVar[str] = "00_start_here"
-    zone: ClassVar[str] = "reports"
-
-
-class ExploreIndex(Contact):
-    """10: index → selection."""
-
-    stage: ClassVar[str] = "10_explore_index"
+class IndexTable(Stage):
+    """Stages that ask the index of a crawl."""
 
     crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
     index_path: str = Field(
@@ -53,6 +44,30 @@ class ExploreIndex(Contact):
         description="cc-index table: folder or URL above crawl=…",
         json_schema_extra=PATH,
     )
+    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
+
+
+class MainText(Stage):
+    """Stages that look for the main text of a page."""
+
+    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
+        "auto",
+        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
+    )
+
+
+class StartHere(Stage):
+    """00: what this machine can do, and the chain in one picture."""
+
+    stage: ClassVar[str] = "00_start_here"
+    zone: ClassVar[str] = "reports"
+
+
+class ExploreIndex(IndexTable, Contact):
+    """10: index → selection."""
+
+    stage: ClassVar[str] = "10_explore_index"
+
     archive_base: str = Field(
         "data_samples",
         description="what warc_filename is relative to: folder, s3://commoncrawl or https://…",
@@ -78,27 +93,19 @@ class ExploreIndex(Contact):
         description="Parquet files of the index, or lists of them (….paths.gz); empty = all below index_path",
         json_schema_extra=PATH,
     )
-    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     max_scan_gb: float = Field(
         5.0, description="a question that would read more of the index is refused", gt=0
     )
     max_pages: int = Field(0, description="stop after so many pages for a quick trial, 0 = all", ge=0)
 
 
-class QueryWithAthena(Stage):
+class QueryWithAthena(IndexTable):
     """11: the same questions, as Athena SQL."""
 
     stage: ClassVar[str] = "11_query_with_athena"
     zone: ClassVar[str] = "reports"
     needs: ClassVar[tuple[str, ...]] = ("10_explore_index",)
 
-    crawl: str = Field("CC-SAMPLE-2026-05", description="partition of the index to read")
-    index_path: str = Field(
-        "data_samples/cc-index/table/cc-main/warc",
-        description="cc-index table: folder or URL above crawl=…",
-        json_schema_extra=PATH,
-    )
-    athena_usd_per_tb: float = Field(5.0, description="Athena's price of a TB scanned, us-east-1", ge=0)
     athena_database: str = Field("ccindex", description="Athena database to create", pattern=r"^\w+$")
     athena_output: str = Field("s3://your-bucket/athena/", description="where Athena writes its results")
     site: str = Field(
@@ -124,13 +131,9 @@ class Keeping(Stage):
         return frozenset(k for k, f in cls.model_fields.items() if (f.json_schema_extra or {}).get("judges"))
 
 
-class Extracting(Keeping):
+class Extracting(MainText, Keeping):
     """What it takes to turn a page into a document, on a cluster or on arrival."""
 
-    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
-        "auto",
-        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
-    )
     page_timeout_s: float = Field(20.0, description="a page that takes longer is killed, and counted", gt=0)
     page_memory_mb: float = Field(1024.0, description="a page that takes more is killed, and counted", gt=0)
     max_page_mb: float = Field(4.0, description="larger decoded pages are given up, and counted", gt=0)
@@ -338,7 +341,7 @@ class BalanceTokenization(Cores):
     packed_tokens: int = Field(1024, description="length of a packed row, in tokens", ge=8)
 
 
-class BenchmarkData(Cores):
+class BenchmarkData(Cores, MainText):
     """81: what the data half does per core, side by side with its peers, and what a whole crawl would take."""
 
     stage: ClassVar[str] = "81_benchmark_data"
@@ -352,10 +355,6 @@ class BenchmarkData(Cores):
     benchmark_pages: int = Field(100, description="pages to measure on, at most", ge=1)
     benchmark_rounds: int = Field(
         2, description="how often each row is measured, in alternating order; the median counts", ge=1
-    )
-    extractor: Literal["auto", "resiliparse", "trafilatura"] = Field(
-        "auto",
-        description="auto classifies blocks; resiliparse is the fastest, trafilatura the field's usual",
     )
     spark_archive: str = Field(
         "",

@@ -18,7 +18,28 @@ PASS_TOKENS = 16_384
 """Tokens of one forward and backward pass that keep a GPU's matrix units busy; more need memory and gain nothing."""
 
 
-class Training(Stage):
+class Computing(Stage):
+    """What every stage takes that computes with a model: in which type, on how much of a text."""
+
+    dtype: DType = Field("auto", description="auto: bfloat16 where it is fast")
+    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
+
+
+class Accumulating(Stage):
+    """Stages whose optimizer steps may be made of several passes."""
+
+    gradient_accumulation: int = Field(
+        1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
+    )
+
+
+class Scoring(Stage):
+    """Stages that measure perplexity on held-out rows."""
+
+    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
+
+
+class Training(Computing):
     """What every stage that runs a model takes."""
 
     zone: ClassVar[str] = "models"
@@ -29,11 +50,9 @@ class Training(Stage):
     trust_remote_code: bool = Field(
         False, description="run code that a model brings along; yes only for authors you trust"
     )
-    dtype: DType = Field("auto", description="auto: bfloat16 where it is fast")
     threads: int = Field(
         0, description="CPU threads, 0 = OMP_NUM_THREADS or all; results are exact for a given number", ge=0
     )
-    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
 
 
 class Adapting(Training):
@@ -44,7 +63,7 @@ class Adapting(Training):
     virtual_tokens: int = Field(16, description="length of a learned prompt or prefix, in tokens", ge=1)
 
 
-class Tuning(Adapting):
+class Tuning(Adapting, Accumulating):
     """What every stage takes that trains a model, or an adapter of one, by a method of choice."""
 
     method: Method = Field("lora", description="what is trained")
@@ -60,15 +79,12 @@ class Tuning(Adapting):
     compile_model: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the layers; auto: on a GPU, in a run of 100 steps or more"
     )
-    gradient_accumulation: int = Field(
-        1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
-    )
     activation_checkpointing: bool = Field(
         False, description="compute activations a second time instead of keeping them"
     )
 
 
-class FinetuneSft(Tuning):
+class FinetuneSft(Tuning, Scoring):
     """60: base → adapter."""
 
     stage: ClassVar[str] = "60_finetune_sft"
@@ -84,7 +100,6 @@ class FinetuneSft(Tuning):
         4, description="rows per forward and backward pass, 0 = as many as the memory takes", ge=0
     )
     sft_learning_rate: float = Field(0.0, description="peak learning rate, 0 = the method's own", ge=0)
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
     checkpoint_steps: int = Field(
         0, description="steps between checkpoints; a run that is killed goes on from its last; 0 = none", ge=0
     )
@@ -122,7 +137,7 @@ class ComparePeft(Adapting):
     compare_eval_rows: int = Field(4, description="held-out rows for the loss", ge=1)
 
 
-class ContinuePretraining(Training):
+class ContinuePretraining(Training, Scoring):
     """62: a small model from scratch, and the shipped one trained further on the curated text."""
 
     stage: ClassVar[str] = "62_continue_pretraining"
@@ -146,7 +161,6 @@ class ContinuePretraining(Training):
     general_heldout_share: float = Field(
         0.5, description="share of the sites of general text kept to measure forgetting on", gt=0, le=1
     )
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
     def fits(self) -> tuple[Fit, Fit]:
         """The model from scratch, and the one that goes on from `base_model`."""
@@ -169,7 +183,7 @@ class ContinuePretraining(Training):
         return scratch, continued
 
 
-class ClassifySentiment(Stage):
+class ClassifySentiment(Computing, Accumulating):
     """63: a review's label, trained under four kinds of parallelism."""
 
     stage: ClassVar[str] = "63_classify_sentiment"
@@ -177,8 +191,6 @@ class ClassifySentiment(Stage):
     needs: ClassVar[tuple[str, ...]] = ("50_build_datasets",)
 
     encoder: str = Field("minilm", description="minilm (shipped), a hub id or a local folder of a BERT")
-    dtype: DType = Field("auto", description="auto: bfloat16 where it is fast")
-    max_tokens: int = Field(256, description="longest row, prompt included, in tokens", ge=8)
     strategies: Strings = Field(
         ["ddp", "fsdp", "pipeline", "tensor", "tensor_data"],
         description="ways to share the work, beside one process",
@@ -190,9 +202,6 @@ class ClassifySentiment(Stage):
     rank_timeout_s: float = Field(300.0, description="longest wait for another process", gt=0)
     classify_steps: int = Field(12, description="optimizer steps of each way", ge=1)
     classify_batch_size: int = Field(16, description="rows of a pass, over all processes", ge=1)
-    gradient_accumulation: int = Field(
-        1, description="forward and backward passes per step; a step's batch is this times as large", ge=1
-    )
     classify_learning_rate: float = Field(2e-4, description="peak learning rate", gt=0)
     check_steps: int = Field(2, description="steps in float32 beforehand, whose losses are compared", ge=1)
 
@@ -255,7 +264,7 @@ class AlignDpo(Tuning):
         )
 
 
-class RewardAndPolicy(Tuning):
+class RewardAndPolicy(Tuning, Scoring):
     """71: a reward model from comparisons, and a policy optimised against it."""
 
     stage: ClassVar[str] = "71_reward_and_policy"
@@ -279,7 +288,6 @@ class RewardAndPolicy(Tuning):
     reward_eval_pairs: int = Field(
         32, description="held-out pairs that score the reward model, at most", ge=1
     )
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
     def fits(self) -> tuple[Fit, Fit]:
         """The reward model, a row of which is a pair; and the policy, a row of which is the answers to one prompt."""
@@ -334,7 +342,7 @@ class ConstitutionalFeedback(Training):
     )
 
 
-class Distill(Training):
+class Distill(Training, Scoring):
     """73: a smaller student learns from a tuned teacher's distribution."""
 
     stage: ClassVar[str] = "73_distill"
@@ -362,7 +370,6 @@ class Distill(Training):
         le=1,
     )
     distill_tokens: int = Field(32, description="length of a text the student writes", ge=1)
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)
 
     def fits(self) -> tuple[Fit]:
         """The student; those that learn in other ways differ in what they see, not in how much."""
@@ -427,7 +434,7 @@ class BenchmarkTraining(Training):
     grid_steps: int = Field(3, description="steps of a cell that are measured", ge=1)
 
 
-class CompareGenerations(Training):
+class CompareGenerations(Training, Scoring):
     """90: base | tuned | aligned, side by side."""
 
     stage: ClassVar[str] = "90_compare_generations"
@@ -445,4 +452,3 @@ class CompareGenerations(Training):
     )
     max_new_tokens: int = Field(56, description="length of a completion", ge=1)
     temperature: float = Field(0.3, description="0 = greedy", ge=0)
-    eval_rows: int = Field(12, description="held-out rows for perplexity", ge=1)

@@ -6,7 +6,6 @@ and the consolidated model is what is scored on held-out rows.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from kit import process
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ClassifySentiment, ParamError, nearest
 from kit.show import progress
@@ -229,7 +229,7 @@ def predicted(
     )  # fmt: skip
     slower = made["peak_flops_a_rank"] / one["peak_flops_a_rank"]
     if not torch.cuda.is_available():
-        slower = min(slower, (os.cpu_count() or 1) / (ranks * job.threads))
+        slower = min(slower, process.cores() / (ranks * job.threads))
     links = Links(**{**made["links"], "flops_per_s": slower})
     # over one process that has a core to itself
     return slower * predict(work, links, job.strategy, ranks, job.tensor).speed_up

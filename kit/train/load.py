@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kit import resolve
+from kit import process, resolve
 from kit.train import shipped
 from kit.train.adapters import merge_adapter, tuned_on
 from kit.train.quantise import never_repacked, settings_of
@@ -205,8 +205,7 @@ def set_threads(threads: int = 0) -> int:
     Also tells glibc to keep freed memory: torch frees and takes the same hundreds of MB in every step, and
     fetching them from the kernel again costs as much as the arithmetic (measured: 130 → 240 tokens/s).
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or allowed))
+    torch.set_num_threads(threads or int(os.environ.get("OMP_NUM_THREADS") or process.cores()))
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):

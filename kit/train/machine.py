@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import torch
 
+from kit import process
 from kit.train.flops import measured_peak, peak_of
 
 MB = 2**20
@@ -46,13 +43,8 @@ def this_machine(dtype: torch.dtype) -> Machine:
         free, name = torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return Machine(name, free / MB, peak, GPUS["a100"].gb_per_s)
-    free, own = psutil.virtual_memory().available, psutil.Process().memory_info().rss
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # a container's limit, which psutil does not know
-        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-        used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
-        free = min(free, int((group / "memory.max").read_text()) - used)
-    return Machine("this machine", (free + own) / MB, peak, CPU_GB_PER_S, gpu=False)
+    memory = process.free_bytes() + process.resident_bytes()
+    return Machine("this machine", memory / MB, peak, CPU_GB_PER_S, gpu=False)
 
 
 @functools.cache

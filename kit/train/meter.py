@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from kit import show
+from kit import process, show
 from kit.train import adapters
 from kit.train.batches import packed_lengths
 from kit.train.flops import ModelFlops
@@ -132,7 +130,7 @@ class Live(TrainerCallback):
     def __init__(self, trainer: Any, bar: show.Progress, peak: float) -> None:
         self.trainer, self.bar, self.peak = trainer, bar, peak
         self.log = Path(trainer.args.output_dir) / LOG
-        self.process, self.seen = psutil.Process(), []
+        self.seen = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -156,7 +154,7 @@ class Live(TrainerCallback):
             step.setdefault(f"{part}_seconds", 0.0)
         step["idle_seconds"] = step["seconds"] - sum(step[f"{part}_seconds"] for part in PARTS)
         step["mfu"] = step["flops"] / step["seconds"] / self.peak
-        step["memory_mb"] = round(memory_mb(self.process), 1)
+        step["memory_mb"] = round(memory_mb(), 1)
         with contextlib.suppress(
             ImportError, RuntimeError
         ):  # no driver that tells, or not its Python package
@@ -179,11 +177,11 @@ class Live(TrainerCallback):
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
-def memory_mb(process: psutil.Process) -> float:
+def memory_mb() -> float:
     """Memory in use now: allocated on the GPU where there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
-    return process.memory_info().rss / 2**20
+    return process.resident_bytes() / 2**20
 
 
 def resume_meter(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -215,20 +213,16 @@ def peak_memory(every_s: float = 0.05) -> Iterator[dict[str, float]]:
 
     A process's own high-water mark would also count what ran before. On a GPU, its allocated peak instead.
     """
-    found, done, me = {"mb": 0.0}, threading.Event(), psutil.Process()
+    peak = {"mb": 0.0}
 
     def look() -> None:
-        while not done.wait(every_s):
-            found["mb"] = max(found["mb"], round(me.memory_info().rss / 2**20, 1))
+        peak["mb"] = max(peak["mb"], round(process.resident_bytes() / 2**20, 1))
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
     try:
-        yield found
+        with process.watching(look, every_s):
+            yield peak
     finally:
-        done.set()
-        watcher.join()
         if torch.cuda.is_available():
-            found["mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            peak["mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)

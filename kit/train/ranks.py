@@ -13,11 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import PretrainedConfig
 
-from kit import ROOT
+from kit import ROOT, process
 from kit.params import ClassifySentiment
 from kit.show import Progress
 from kit.train import load, parallel
@@ -89,8 +88,7 @@ def launch(folder: Path, job: Job, ranks: int, bar: Progress) -> list[dict[str, 
                     )
         except BaseException:
             # torchrun gives every rank a session of its own
-            for process in (*psutil.Process(run.pid).children(recursive=True), run):
-                process.kill()
+            process.kill_family(run.pid)
             raise
     if run.returncode and (folder / REPORT).exists():
         bar.note(
