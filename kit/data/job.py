@@ -35,6 +35,7 @@ from kit import KitError, resolve
 from kit.data import archive
 from kit.data.archive import Record, RecordError
 from kit.data.spark import plan, run_tasks
+from kit.errors import JobError
 from kit.lake import Counts, Lake, Manifest, Output, write_table
 from kit.params import WriteYourOwnJob
 
@@ -44,10 +45,6 @@ FAILURE = pa.schema(
     [("warc_filename", pa.string()), ("offset", pa.int64()), ("url", pa.string()),
      ("reason", pa.string()), ("message", pa.string())]
 )  # fmt: skip
-
-
-class JobError(KitError):
-    """A job file that cannot be run."""
 
 
 @dataclass(frozen=True)

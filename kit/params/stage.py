@@ -15,13 +15,7 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kit import KitError
-
-
-class ParamError(KitError):
-    """A parameter that does not exist or has a value of the wrong kind."""
-
-    exit_status = 2
+from kit.errors import ParamError
 
 
 def _listed(value: Any) -> Any:
