@@ -7,23 +7,12 @@ Floors, lowest first; an upper floor may call a lower one, never the other way r
 
 from pathlib import Path
 
+from kit.errors import KitError as KitError
+
 __version__ = "0.1.0"
 
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: relative paths in recipes and notebooks start here."""
-
-
-class KitError(Exception):
-    """A problem the user can act on: one clear line instead of a traceback.
-
-    `exit_status` is what the `kit` command ends with: 1 a stage failed, 2 wrong words or parameters.
-    """
-
-    exit_status = 1
-
-    def _render_traceback_(self) -> list[str]:
-        """What IPython prints in a notebook: the line, not the stack (IPython's own hook name)."""
-        return [f"{type(self).__name__}: {self}"]
 
 
 def resolve(path: str) -> str:

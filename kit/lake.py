@@ -34,7 +34,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from kit import ROOT, KitError, resolve
+from kit import ROOT, resolve
+from kit.errors import LakeError, MissingInput
 from kit.params import NOTEBOOKS, SIDE_TRIPS, ParamError, Stage
 
 SCHEMA_VERSION = 1
@@ -48,6 +49,7 @@ NOT_IN_CONTENT = {
     "kit.params.fit",
     "kit.params.train",
     "kit.show",
+    "kit.errors",
     "kit.cost",
     "kit.reference",
     "kit.process",
@@ -55,14 +57,6 @@ NOT_IN_CONTENT = {
     "kit",
 }
 """Modules that decide how a result is chosen or shown, not what it is: editing them makes nothing stale."""
-
-
-class LakeError(KitError):
-    """The lake cannot be read or written, or what it holds is not what it should be."""
-
-
-class MissingInput(LakeError):
-    """A stage that this one reads has no committed result."""
 
 
 class Output(BaseModel):

@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kit import ROOT, KitError, process
+from kit import ROOT, process
+from kit.errors import StageFailed
 from kit.lake import Input, Lake, LakeError, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
 from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
 
 FOLDER = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
-
-
-class StageFailed(KitError):
-    """A notebook ended with an error; the message is the error's own line and where to read more."""
 
 
 @dataclass(frozen=True)

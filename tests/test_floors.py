@@ -9,7 +9,7 @@ import pytest
 from kit import ROOT
 
 FLOORS = (
-    ("kit",),
+    ("kit", "kit.errors"),
     ("kit.params",),
     ("kit.lake",),
     ("kit.reference",),

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import fsspec
 
-from kit import KitError, resolve
+from kit import resolve
 from kit.data import polite  # noqa: F401 (makes https:// polite)
 from kit.data.record import (
     HEAD_BYTES,
@@ -36,6 +36,7 @@ from kit.data.record import (
     parse_page,
 )
 from kit.data.unpack import GZIP, Break, Piece, pieces, zlib
+from kit.errors import ArchiveError
 
 __all__ = [
     "PAGE_RECORDS", "ArchiveError", "Damage", "Entry", "Page", "Record", "RecordError",
@@ -56,10 +57,6 @@ READ_AHEAD = 8 << 20
 KEEP = 64 << 20
 """Bytes of a record that are kept at most; of longer ones the start is, and the digest of the whole."""
 MUTE = {"gzip member corrupt", "not gzip"}
-
-
-class ArchiveError(KitError):
-    """An archive that cannot be opened at all."""
 
 
 @dataclass(frozen=True)

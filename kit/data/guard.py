@@ -20,17 +20,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kit import KitError
+from kit.errors import GuardError
 
 BEAT = struct.Struct("=qd")
 POLL_S = 0.25
 BETWEEN_S = 600.0
 """Time for what is no item: before the first, and packing up the results after the last."""
 OK, BROKEN = b"+", b"!"
-
-
-class GuardError(KitError):
-    """The work itself broke, not an item of it: a bug, or a machine without memory for a second process."""
 
 
 def in_child(

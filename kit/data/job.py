@@ -36,6 +36,7 @@ from kit.data import archive
 from kit.data.archive import Record, RecordError
 from kit.data.rate import run_at_rate
 from kit.data.spark import plan
+from kit.errors import JobError
 from kit.lake import Account, Counts, Lake, Manifest
 from kit.params import WriteYourOwnJob
 
@@ -45,10 +46,6 @@ FAILURE = pa.schema(
     [("warc_filename", pa.string()), ("offset", pa.int64()), ("url", pa.string()),
      ("reason", pa.string()), ("message", pa.string())]
 )  # fmt: skip
-
-
-class JobError(KitError):
-    """A job file that cannot be run."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 from urllib3.exceptions import InvalidHeader
 
-from kit import KitError, __version__
+from kit import __version__
+from kit.errors import FetchError, Missing
 
 READ_AHEAD_BYTES, PIECE_BYTES = 1 << 20, 1 << 18
 INFO_S, MAX_REDIRECTS, GIVE_UP_AFTER = 60.0, 5, 3
@@ -50,19 +51,6 @@ KINDS = {
 }
 """Reasons by the class names in a chain of errors, first match; requests, urllib3, botocore and aiohttp alike."""
 clock, sleep = time.monotonic, time.sleep
-
-
-class FetchError(KitError, OSError):
-    """Bytes that could not be had; `reason` is the short name to count, `again` whether to try again now."""
-
-    def __init__(self, reason: str, uri: str = "", again: bool | None = None, wait_s: float = 0) -> None:
-        super().__init__(f"{reason} ({shown(uri)})" if uri else reason)
-        self.reason, self.wait_s = reason, wait_s
-        self.again = may_retry(reason) if again is None else again
-
-
-class Missing(FetchError, FileNotFoundError):
-    """404 and 410: nothing there."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +124,6 @@ def may_retry(reason: str) -> bool:
     return TRANSIENT.fullmatch(reason) is not None
 
 
-def shown(uri: str) -> str:
-    """`uri` without what may be secret: user, password, query (signatures) and fragment."""
-    return urlsplit(uri)._replace(netloc=host_of(uri), query="", fragment="").geturl()
-
-
 def host_of(url: str) -> str:
     """Host and port."""
     return urlsplit(url).netloc.rpartition("@")[2].lower()
@@ -152,7 +135,7 @@ def persist(host: str, attempt: Callable[[], Any]) -> Any:
         try:
             result = attempt()
         except FetchError as error:
-            if not error.again:
+            if not (may_retry(error.reason) if error.again is None else error.again):
                 raise
             gate.pause(host, tried, error.wait_s)
             last = error

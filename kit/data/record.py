@@ -20,6 +20,8 @@ from typing import NamedTuple
 import brotli
 from warcio.bufferedreaders import ChunkedDataReader
 
+from kit.errors import RecordError
+
 START = re.compile(rb"WARC/\d|filedesc:\S* |[a-z][\w+.-]{0,20}:\S* (?:\S+ ){2,8}\d{1,18}\r?\n", re.IGNORECASE)
 """How a record begins: a WARC version, or an ARC line `URL IP date mime length` (version 2 has more between)."""
 HEAD_END = re.compile(rb"\n\r{0,2}\n")
@@ -32,14 +34,6 @@ ZLIB_BITS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
 HEAD_BYTES, PAGE_BYTES = 1 << 16, 64 << 20
 PAGE_RECORDS = ("response", "conversion", "resource")
 """Record types that can hold a page; the rest of an archive (request, metadata, …) is about them."""
-
-
-class RecordError(Exception):
-    """One record that cannot be read; `reason` is the name it is counted under."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class Head(NamedTuple):

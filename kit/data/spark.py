@@ -21,6 +21,7 @@ from pyspark.core.rdd import RDD
 from pyspark.sql import SparkSession
 
 from kit import ROOT, KitError, process
+from kit.errors import SparkError
 from kit.params import Cores
 from kit.show import Progress, progress, stderr_to
 
@@ -35,10 +36,6 @@ LOG4J = (
 QUICK = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 """For a local JVM that schedules and seldom computes: compiling less saves 3 CPU seconds of every session's start."""
 Task = TypeVar("Task")
-
-
-class SparkError(KitError):
-    """Spark cannot start, or a task died in a way that its own code did not report."""
 
 
 def java_home() -> str:

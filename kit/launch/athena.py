@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kit import KitError
 from kit.data.questions import archives_query, count_query, find_query, reasons_query, select_query, text
 from kit.data.table import athena_usd
+from kit.errors import AthenaError
 from kit.lake import Counts, Lake, Manifest
 from kit.params import ExploreIndex, ParamError, QueryWithAthena
 
@@ -37,10 +37,6 @@ COLUMNS = {
 """The cc-index schema with Athena's types; Parquet columns are found by name, so their order does not matter."""
 ENDED = ("SUCCEEDED", "FAILED", "CANCELLED")
 TIMEOUT_S, PAUSE_S = 1800, 2
-
-
-class AthenaError(KitError):
-    """A request that Athena's own model refuses, or a query that ended badly."""
 
 
 @dataclass(frozen=True)

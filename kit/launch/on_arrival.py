@@ -35,12 +35,12 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kit import KitError
 from kit import lake as lakes
 from kit.data import guard
 from kit.data.extract import DOCUMENT
 from kit.data.landed import documents_of
 from kit.data.refine import REFINED, refine_batch
+from kit.errors import EventError
 from kit.lake import (
     Account,
     Counts,
@@ -57,10 +57,6 @@ from kit.lake import (
     parquet_bytes,
 )
 from kit.params import Extracting, RefineOnArrival, Refining, Stage, for_stage, load_recipe
-
-
-class EventError(KitError):
-    """A message that is no S3 event."""
 
 
 class Landed(NamedTuple):

@@ -15,14 +15,8 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from kit import KitError
+from kit.errors import ParamError
 from kit.params.fit import Fit
-
-
-class ParamError(KitError):
-    """A parameter that does not exist or has a value of the wrong kind."""
-
-    exit_status = 2
 
 
 def _listed(value: Any) -> Any:

