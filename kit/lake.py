@@ -50,6 +50,8 @@ NOT_IN_CONTENT = {
     "kit.cost",
     "kit.process",
     "kit.pipeline",
+    "kit.progress",
+    "kit.report",
     "kit",
 }
 """Modules that decide how a result is chosen or shown, not what it is: editing them makes nothing stale."""
