@@ -1,8 +1,9 @@
 """From Common Crawl to a fine-tuned language model: the helper package under the notebooks.
 
 Floors, lowest first; an upper floor may call a lower one, never the other way round:
-`params`, `lake`, `reference`, `cost`, `process` → `show` → `data/` and `train/` (never each other) → `measure/`, `launch/`.
-`pipeline` runs notebooks and imports no stage; `doctor`, `cli` and `refresh` stand on top and talk to people.
+`errors` → `params` → `lake` → `reference`, `cost`, `process`, `progress` → `show` → `data/` and `train/` (never each
+other) → `measure/`, `launch/`. `pipeline` runs notebooks and imports no stage, `report` tells of what it ran; `doctor`,
+`cli` and `refresh` stand on top and talk to people.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import ROOT, KitError, cost, pipeline, reference, resolve
+from kit import KitError, cost, pipeline, reference, report
 from kit.lake import Lake
 from kit.params import (
     NOTEBOOKS,
@@ -19,8 +19,9 @@ from kit.params import (
     ParamError,
     Training,
     Tuning,
+    check_paths,
     for_stage,
-    is_list,
+    from_here,
     is_path,
     known_fields,
     load_recipe,
@@ -109,39 +110,17 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
             raise ParamError(f"-p takes NAME=VALUE, got '{word}'")
         if name not in known_fields():
             raise ParamError(f"unknown parameter '{name}'{nearest(name, known_fields())}")
-        values[name] = _from_here(name, value) if is_path(name) else value
+        values[name] = from_here(name, value) if is_path(name) else value
     if args.lake:
-        values["lake"] = _from_here("lake", args.lake)
+        values["lake"] = from_here("lake", args.lake)
     validate(values)
-    _check_paths(values)
+    check_paths(values)
     return values
-
-
-def _from_here(name: str, value: str) -> Any:
-    """A path of the command line, relative to the working directory, as one relative to the checkout."""
-
-    def move(path: str) -> str:
-        if "://" in path:
-            return path
-        return os.path.relpath(Path(path).expanduser().resolve(), ROOT)
-
-    if not is_list(name):
-        return move(value)
-    items = value.strip().removeprefix("[").removesuffix("]").split(",")
-    return [move(item.strip().strip("'\"")) for item in items if item.strip()]
 
 
 def _lake(given: str | None) -> Lake:
     """The lake of the command line, else the default one of the recipes."""
-    return Lake(_from_here("lake", given) if given else known_fields()["lake"].default)
-
-
-def _check_paths(values: dict[str, Any]) -> None:
-    """Raise `ParamError` for a local path that is not there, before anything starts."""
-    for name in (n for n in values if is_path(n) and n != "lake"):
-        for path in values[name] if is_list(name) else [values[name]]:
-            if "://" not in path and not Path(resolve(path)).exists():
-                raise ParamError(f"parameter '{name}': '{path}' does not exist")
+    return Lake(from_here("lake", given) if given else known_fields()["lake"].default)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -149,21 +128,14 @@ def _run(args: argparse.Namespace) -> int:
     stages = pipeline.pick(args.first, args.last, args.only)
     lake = pipeline.run(values, stages, args.force)
     found = pipeline.states(lake, values)
-    print(f"\n{pipeline.stage_table(lake, values['run'], found)}")
+    print(f"\n{report.stage_table(lake, values['run'], found)}")
     if stages[-1] == list(STAGES)[-1]:
-        for title, table in pipeline.results(lake, values["run"]):
+        for title, table in report.results(lake, values["run"]):
             print(f"\n{title}")
-            _print_records(table) if len(table.columns) > 3 else print(table)
-    print(f"\nreport: {pipeline.report(lake, values['run'], found)}")
+            # completions do not fit side by side on a terminal
+            print(table.one_field_a_line() if len(table.columns) > 3 else table)
+    print(f"\nreport: {report.write(lake, values['run'], found)}")
     return 0
-
-
-def _print_records(table: Table) -> None:
-    """A wide table, one field a line: completions do not fit side by side on a terminal."""
-    for row in table.rows:
-        print()
-        for column in table.columns:
-            print(f"  {column:8} {table.cell(row[column])}")
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -178,7 +150,7 @@ def _status(args: argparse.Namespace) -> int:
         # without a recipe, a run is compared with the parameters it was made with
         known = {k: v for m in lake.manifests(run) for k, v in m.params.items()}
         found = pipeline.states(lake, {**known, **values, "run": run, "lake": lake.uri})
-        print(f"run {run}\n{pipeline.stage_table(lake, run, found)}\n")
+        print(f"run {run}\n{report.stage_table(lake, run, found)}\n")
     if not runs:
         print(f"no run in {lake.uri} yet")
     return 0

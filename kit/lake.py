@@ -54,6 +54,8 @@ NOT_IN_CONTENT = {
     "kit.reference",
     "kit.process",
     "kit.pipeline",
+    "kit.progress",
+    "kit.report",
     "kit",
 }
 """Modules that decide how a result is chosen or shown, not what it is: editing them makes nothing stale."""

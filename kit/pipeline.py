@@ -21,7 +21,7 @@ from kit import ROOT, process
 from kit.errors import StageFailed
 from kit.lake import Input, Lake, LakeError, Manifest, code_identity, explained, fingerprint, losses
 from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
-from kit.show import PROGRESS_FILE, Table, escape, inline, lines, page, stderr_to
+from kit.progress import PROGRESS_FILE
 
 FOLDER = ROOT / "notebooks"
 POLL_S, QUIET_LINE_S = 0.5, 20.0
@@ -132,7 +132,7 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
     with (
         tempfile.TemporaryDirectory() as folder,
         _followed(p.stage, folder) as follower,
-        stderr_to(Path(folder) / "kernel.log") as log,
+        process.stderr_to(Path(folder) / "kernel.log") as log,
     ):
         local = Path(folder) / f"{p.stage}.ipynb"
         try:
@@ -224,69 +224,3 @@ def open_lake(p: Stage) -> Lake:
                 print(f"{name} has no result for run '{p.run}' yet: running it first", file=sys.stderr)
                 run_stage(lake, shared)
     return lake
-
-
-def stage_table(lake: Lake, run: str, found: list[State]) -> Table:
-    """One row a stage: status, records, seconds and memory with the kernel's own, dollars."""
-    rows = []
-    for s in found:
-        m, ran = s.manifest, lake.execution(run, s.stage)
-        rows.append(
-            {
-                "stage": s.stage,
-                "status": s.status,
-                "in": m and m.counts.records_in,
-                "created": m and m.counts.created,
-                "out": m and m.counts.records_out,
-                "dropped": m and sum(m.counts.dropped.values()),
-                "failed": m and sum(m.counts.failed.values()),
-                "seconds": m and round(m.seconds, 1) if ran.seconds is None else ran.seconds,
-                "MB": ran.peak_memory_mb,
-                "usd": m and f"{m.cost_usd:.4f}",
-                "why": s.why,
-            }
-        )
-    return Table(rows, width=60)
-
-
-def report(lake: Lake, run: str, found: list[State]) -> str:
-    """Write the run's page `reports/<run>/index.html`: completions, perplexity, stages, loss curves; returns its path."""
-    parts = [f"<h2>{escape(title)}</h2>{table._repr_html_()}" for title, table in results(lake, run)]
-    parts += [
-        "<h2>Stages</h2>",
-        stage_table(lake, run, found)._repr_html_(),
-        "<h2>Where records went</h2><ul>",
-    ]
-    parts += [
-        f"<li><b>{escape(s.stage)}</b>: {escape(losses(s.manifest.counts))}</li>" for s in found if s.manifest
-    ]
-    parts.append("</ul>")
-    trained = [s.manifest for s in found if s.manifest and "losses" in s.manifest.metrics]
-    parts += [
-        inline(lines({"loss": m.metrics["losses"]}, f"{m.stage}: loss", "step", "loss")) for m in trained
-    ]
-    versions = next((s.manifest for s in reversed(found) if s.manifest), None)
-    if versions:
-        told = " · ".join(f"{k} {v}" for k, v in versions.environment.items())
-        parts.append(
-            f'<p class="note">{escape(told)} · commit {escape(str(versions.code["git_sha"])[:10])}</p>'
-        )
-    path = f"{lake.root}/reports/{run}/index.html"
-    with explained(f"cannot write {path}"):
-        lake.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        lake.fs.pipe_file(path, page(f"Run {run}", *parts).encode("utf-8", "replace"))
-    return path if lake.uri == lake.root else lake.fs.unstrip_protocol(path)
-
-
-def results(lake: Lake, run: str) -> list[tuple[str, Table]]:
-    """The tables of the last stage: completions side by side and held-out perplexity."""
-    manifest = lake.manifest(run, "90_compare_generations")
-    if manifest is None:
-        return []
-    titles = {"completions.parquet": "base | tuned | aligned", "perplexity.parquet": "Held-out perplexity"}
-    have = {o.name for o in manifest.outputs}
-    return [
-        (title, Table(lake.table(manifest, name).to_pylist(), width=400))
-        for name, title in titles.items()
-        if name in have
-    ]

@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -162,6 +163,21 @@ def watching(look: Callable[[], None], every_s: float) -> Iterator[None]:
     finally:
         done.set()
         watcher.join()
+
+
+@contextlib.contextmanager
+def stderr_to(path: Path) -> Iterator[Path]:
+    """While the block runs, what this process and those it starts write to stderr goes to the file `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with path.open("wb") as log:
+        os.dup2(log.fileno(), 2)
+        try:
+            yield path
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 class Tree:

@@ -1,22 +1,20 @@
-"""How the kit shows things: tables, progress, figures and pages. All text from the web is escaped here."""
+"""How the kit shows things: tables, figures and pages. All text from the web is escaped here."""
 
 from __future__ import annotations
 
 import functools
 import html
 import math
-import os
 import re
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kit.process import stderr_to as stderr_to
+from kit.progress import PROGRESS_FILE as PROGRESS_FILE
+from kit.progress import Progress as Progress
+from kit.progress import progress as progress
+
 INK, ACCENT, PALE, WARN = "#22313f", "#2a7f9e", "#c9d6de", "#c8553d"
-PROGRESS_FILE = "KIT_PROGRESS_FILE"
-"""Environment variable: where a stage under `kit run` leaves its progress for the terminal to show."""
 
 CSS = f"""
 body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; margin: 2rem auto; max-width: 76rem; padding: 0 1rem }}
@@ -87,6 +85,13 @@ class Table:
             for line in lines
         )
 
+    def one_field_a_line(self) -> str:
+        """For a terminal where the columns do not fit side by side: each row after an empty line, a line a field."""
+        lines = []
+        for row in self.rows:
+            lines += ["", *(f"  {column:8} {self.cell(row[column])}" for column in self.columns)]
+        return "\n".join(lines)
+
 
 def align(value: Any) -> str:
     """`right` for numbers and missing values, `left` for words."""
@@ -126,89 +131,6 @@ def spark(values: Sequence[float], width: int = 12) -> str:
     last = [v for v in values[-width:] if math.isfinite(v)]
     low, span = min(last, default=0.0), (max(last, default=0.0) - min(last, default=0.0)) or 1.0
     return "".join(SPARKS[round((v - low) / span * (len(SPARKS) - 1))] for v in last)
-
-
-class Progress:
-    """A line that says how far, how fast and how long still; see `progress`."""
-
-    def __init__(self, total: int, label: str, unit: str) -> None:
-        self.total, self.label, self.unit = total, label, unit
-        self.done, self.note_text = 0, ""
-        self.started = time.perf_counter()
-        self.shown = 0.0
-        self.file = os.environ.get(PROGRESS_FILE)
-        self.handle = None
-        if not self.file and _in_notebook():
-            from IPython.display import display
-
-            # a display updated by its id ends right under papermill; tqdm's bar freezes at 0 %
-            self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-
-    def update(self, n: int = 1) -> None:
-        """Count `n` more units."""
-        self.done += n
-        self._show()
-
-    def note(self, text: str) -> None:
-        """Add a few words, such as the loss."""
-        self.note_text = text
-        self._show()
-
-    def line(self) -> str:
-        """`extract 312/840 pages · 104 pages/s · 5 s left`."""
-        seconds = time.perf_counter() - self.started
-        rate = self.done / seconds if seconds else 0.0
-        parts = [f"{self.label} {self.done:,}/{self.total:,} {self.unit}"]
-        if self.done:
-            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s")
-            if self.done < self.total:
-                parts.append(f"{(self.total - self.done) / rate:,.0f} s left")
-        return " · ".join([*parts, self.note_text] if self.note_text else parts)
-
-    def _show(self, last: bool = False) -> None:
-        now = time.perf_counter()
-        if not last and now - self.shown < 0.5:
-            return
-        self.shown = now
-        if self.file:
-            with open(self.file, "w", encoding="utf-8") as f:
-                f.write(self.line())
-        elif self.handle:
-            # the last word is without times: committed notebooks and nbval want the same text every run
-            text = f"{self.label}: {self.done:,} {self.unit}" if last else self.line()
-            self.handle.update({"text/plain": text}, raw=True)
-        elif sys.stderr.isatty():
-            print(f"\r\x1b[K{self.line()}", end="\n" if last else "", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def progress(total: int, label: str, unit: str = "rows") -> Iterator[Progress]:
-    """Show progress of `total` units in a notebook, under `kit run`, or on a terminal."""
-    bar = Progress(total, label, unit)
-    try:
-        yield bar
-    finally:
-        bar._show(last=True)
-
-
-@contextmanager
-def stderr_to(path: Path) -> Iterator[Path]:
-    """While the block runs, what this process and those it starts write to stderr goes to the file `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with path.open("wb") as log:
-        os.dup2(log.fileno(), 2)
-        try:
-            yield path
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-
-
-def _in_notebook() -> bool:
-    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
-    return bool(shell) and hasattr(shell, "kernel")
 
 
 def axes(title: str, x: str = "", y: str = "", size: tuple[float, float] = (7.2, 3.4)) -> Any:
@@ -295,18 +217,6 @@ def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Page
         for name, s in zip(names, sides, strict=True)
     )
     return Page(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
-
-
-def inline(ax: Any) -> str:
-    """A figure as SVG markup for a page; closes it."""
-    import io
-
-    import matplotlib.pyplot as plt
-
-    buffer = io.StringIO()
-    ax.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(ax.figure)
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 
 def text_page(title: str, text: str, **facts: Any) -> Page:

@@ -13,11 +13,11 @@ FLOORS = (
     ("kit.params",),
     ("kit.lake",),
     ("kit.reference",),
-    ("kit.cost", "kit.process"),
+    ("kit.cost", "kit.process", "kit.progress"),
     ("kit.show",),
     ("kit.data", "kit.train"),
     ("kit.measure", "kit.launch"),
-    ("kit.pipeline", "kit.doctor", "kit.refresh"),
+    ("kit.pipeline", "kit.report", "kit.doctor", "kit.refresh"),
     ("kit.cli",),
 )
 FOREIGN = {"kit.data": {"torch", "transformers", "peft", "trl"}, "kit.train": {"pyspark", "duckdb", "warcio"}}

@@ -4,7 +4,7 @@ import nbformat
 import pyarrow as pa
 import pytest
 
-from kit import pipeline
+from kit import pipeline, report
 from kit.lake import Counts, Lake
 from kit.params import STAGES, ParamError, for_stage
 from kit.pipeline import StageFailed, pick, run_stage, states
@@ -131,7 +131,7 @@ def test_a_broken_notebook_is_one_line_and_leaves_the_last_good_result(
 
 def test_the_report_of_a_run_is_a_page(lake):
     make_all(lake)
-    path = pipeline.report(lake, "r", states(lake, {**VALUES, "lake": lake.uri}))
+    path = report.write(lake, "r", states(lake, {**VALUES, "lake": lake.uri}))
     text = lake.fs.cat_file(path).decode()
     assert text.startswith("<!doctype html>") and all(name in text for name in STAGES)
 
@@ -156,7 +156,7 @@ def test_what_a_run_took_is_told_until_another_commit(lake, tmp_path, monkeypatc
     assert took.seconds > 0 and took.peak_memory_mb > 10 and took.error is None
 
     def row():
-        return pipeline.stage_table(lake, "r", states(lake, values)).rows[1]
+        return report.stage_table(lake, "r", states(lake, values)).rows[1]
 
     assert row()["stage"] == "10_explore_index"
     assert (row()["seconds"], row()["MB"]) == (took.seconds, took.peak_memory_mb)

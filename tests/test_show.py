@@ -34,6 +34,11 @@ def test_a_table_aligns_numbers_right_and_cuts_long_texts():
     assert lines[1].startswith("    5  xxxxxxxxx…") and lines[2].startswith("1,234  y")
 
 
+def test_a_wide_table_is_shown_field_by_field():
+    table = show.Table([{"prompt": "a", "base": 1.5}, {"prompt": "b\u202e", "base": None}])
+    assert table.one_field_a_line() == "\n  prompt   a\n  base     1.5\n\n  prompt   b\\u202e\n  base     "
+
+
 def test_an_empty_table_is_shown():
     assert "<table " in show.Table([])._repr_html_() and repr(show.Table([])) == ""
     assert "<th" in show.Table([], ["a"])._repr_html_() and repr(show.Table([], ["a"])) == "a"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_origin
 
 import yaml
 
-from kit import ROOT
+from kit import ROOT, resolve
 from kit.params.data import (
     AugmentText,
     BalanceTokenization,
@@ -136,3 +137,25 @@ def is_list(name: str) -> bool:
 def is_path(name: str) -> bool:
     """Whether the parameter `name` holds a path or paths."""
     return bool((known_fields()[name].json_schema_extra or {}).get("path"))
+
+
+def from_here(name: str, value: str) -> str | list[str]:
+    """A path (or list of paths) of the command line, relative to the working directory, as one relative to the checkout."""
+
+    def moved(path: str) -> str:
+        if "://" in path:
+            return path
+        return os.path.relpath(Path(path).expanduser().resolve(), ROOT)
+
+    if not is_list(name):
+        return moved(value)
+    items = value.strip().removeprefix("[").removesuffix("]").split(",")
+    return [moved(item.strip().strip("'\"")) for item in items if item.strip()]
+
+
+def check_paths(values: Mapping[str, Any]) -> None:
+    """Raise `ParamError` for a local path that is not there, before anything starts."""
+    for name in (name for name in values if is_path(name) and name != "lake"):
+        for path in values[name] if is_list(name) else [values[name]]:
+            if "://" not in path and not Path(resolve(path)).exists():
+                raise ParamError(f"parameter '{name}': '{path}' does not exist")

@@ -1,0 +1,80 @@
+"""A line that says how far a piece of work is, in a notebook, under `kit run` and on a terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PROGRESS_FILE = "KIT_PROGRESS_FILE"
+"""Environment variable: where a stage under `kit run` leaves its progress for the terminal to show."""
+
+
+class Progress:
+    """A line that says how far, how fast and how long still; see `progress`."""
+
+    def __init__(self, total: int, label: str, unit: str) -> None:
+        self.total, self.label, self.unit = total, label, unit
+        self.done, self.note_text = 0, ""
+        self.started = time.perf_counter()
+        self.shown = 0.0
+        self.file = os.environ.get(PROGRESS_FILE)
+        self.handle = None
+        if not self.file and _in_notebook():
+            from IPython.display import display
+
+            # a display updated by its id ends right under papermill; tqdm's bar freezes at 0 %
+            self.handle = display({"text/plain": ""}, raw=True, display_id=True)
+
+    def update(self, n: int = 1) -> None:
+        """Count `n` more units."""
+        self.done += n
+        self._show()
+
+    def note(self, text: str) -> None:
+        """Add a few words, such as the loss."""
+        self.note_text = text
+        self._show()
+
+    def line(self) -> str:
+        """`extract 312/840 pages · 104 pages/s · 5 s left`."""
+        seconds = time.perf_counter() - self.started
+        rate = self.done / seconds if seconds else 0.0
+        parts = [f"{self.label} {self.done:,}/{self.total:,} {self.unit}"]
+        if self.done:
+            parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s")
+            if self.done < self.total:
+                parts.append(f"{(self.total - self.done) / rate:,.0f} s left")
+        return " · ".join([*parts, self.note_text] if self.note_text else parts)
+
+    def _show(self, last: bool = False) -> None:
+        now = time.perf_counter()
+        if not last and now - self.shown < 0.5:
+            return
+        self.shown = now
+        if self.file:
+            with open(self.file, "w", encoding="utf-8") as f:
+                f.write(self.line())
+        elif self.handle:
+            # the last word is without times: committed notebooks and nbval want the same text every run
+            text = f"{self.label}: {self.done:,} {self.unit}" if last else self.line()
+            self.handle.update({"text/plain": text}, raw=True)
+        elif sys.stderr.isatty():
+            print(f"\r\x1b[K{self.line()}", end="\n" if last else "", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(total: int, label: str, unit: str = "rows") -> Iterator[Progress]:
+    """Show progress of `total` units in a notebook, under `kit run`, or on a terminal."""
+    bar = Progress(total, label, unit)
+    try:
+        yield bar
+    finally:
+        bar._show(last=True)
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
+    return bool(shell) and hasattr(shell, "kernel")
