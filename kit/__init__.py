@@ -8,8 +8,6 @@ other) → `measure/`, `launch/`. `pipeline` runs notebooks and imports no stage
 
 from pathlib import Path
 
-from kit.errors import KitError as KitError
-
 __version__ = "0.1.0"
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import KitError, cost, pipeline, reference, report
+from kit import cost, pipeline, reference, report
+from kit.errors import KitError, ParamError
 from kit.lake import Lake
 from kit.params import (
     NOTEBOOKS,
     STAGES,
     Cores,
-    ParamError,
     Training,
     Tuning,
     check_paths,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
 
-from kit import ROOT, KitError, process
+from kit import ROOT, process
+from kit.errors import KitError
 from kit.lake import Counts, Lake, Manifest
 from kit.params import StartHere
 

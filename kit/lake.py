@@ -35,8 +35,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from kit import ROOT, resolve
-from kit.errors import LakeError, MissingInput
-from kit.params import NOTEBOOKS, SIDE_TRIPS, ParamError, Stage
+from kit.errors import LakeError, MissingInput, ParamError
+from kit.params import NOTEBOOKS, SIDE_TRIPS, Stage
 
 SCHEMA_VERSION = 1
 MANIFEST = "_manifest.json"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from kit import ROOT, process
-from kit.errors import StageFailed
-from kit.lake import Input, Lake, LakeError, Manifest, code_identity, explained, fingerprint, losses
-from kit.params import NOTEBOOKS, STAGES, ParamError, Stage, for_stage, nearest
+from kit.errors import LakeError, ParamError, StageFailed
+from kit.lake import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
+from kit.params import NOTEBOOKS, STAGES, Stage, for_stage, nearest
 from kit.progress import PROGRESS_FILE
 
 FOLDER = ROOT / "notebooks"

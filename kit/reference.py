@@ -45,6 +45,5 @@ def write(name: str, manifest: Manifest, machine: str, figures: Mapping[str, Any
     read.cache_clear()
 
 
-
 def _file(name: str) -> Path:
     return FOLDER / f"{name}.json"

@@ -16,7 +16,7 @@ from kit.lake import Lake, source_sha256
 from kit.measure import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER
-from kit.show import stderr_to
+from kit.process import stderr_to
 
 
 def refresh_notebooks(*numbers: str) -> None:

@@ -9,11 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kit.process import stderr_to as stderr_to
-from kit.progress import PROGRESS_FILE as PROGRESS_FILE
-from kit.progress import Progress as Progress
-from kit.progress import progress as progress
-
 INK, ACCENT, PALE, WARN = "#22313f", "#2a7f9e", "#c9d6de", "#c8553d"
 
 CSS = f"""

@@ -18,7 +18,8 @@ from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
 from kit.data import archive, unpack
-from kit.data.archive import ArchiveError, Damage, Entry, Record, RecordError
+from kit.data.archive import Damage, Entry, Record
+from kit.errors import ArchiveError, RecordError
 
 SITE = "http://site.example/"
 

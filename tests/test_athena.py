@@ -10,9 +10,10 @@ import sqlglot
 from conftest import CRAWL, SAMPLE
 
 from kit.data.index import Index, explore_index
+from kit.errors import AthenaError, ParamError
 from kit.lake import Lake
 from kit.launch import athena
-from kit.params import ExploreIndex, ParamError, QueryWithAthena
+from kit.params import ExploreIndex, QueryWithAthena
 
 FUNCTIONS = {"Coalesce", "Cast", "Count", "Sum", "Round", "Case", "If", "StartsWith", "SplitPart", "Split", "ArrayContains", "TimestampTrunc", "DateTrunc", "And", "Or"}  # fmt: skip
 """As sqlglot names them; each is an operator or in https://trino.io/docs/current/functions.html, which Athena follows."""
@@ -72,7 +73,7 @@ def test_ddl_is_written_for_the_place_where_the_table_lies() -> None:
 def test_a_request_that_athena_would_refuse_is_refused_here(monkeypatch, asked: QueryWithAthena) -> None:
     assert athena.requests(asked, ExploreIndex())["select"]["QueryExecutionContext"]["Database"] == "ccindex"
     monkeypatch.setattr(athena, "statements", lambda *_: [athena.Statement("empty", "")])
-    with pytest.raises(athena.AthenaError, match="empty.*QueryString"):
+    with pytest.raises(AthenaError, match="empty.*QueryString"):
         athena.requests(asked, ExploreIndex())
 
 
@@ -122,9 +123,9 @@ def test_a_query_that_fails_is_an_error_and_one_left_behind_is_stopped(monkeypat
     done = Fake("QUEUED", "RUNNING", "SUCCEEDED")
     assert athena._follow(done, "id", "select")["Status"]["State"] == "SUCCEEDED"
     failed, slow = Fake("RUNNING", "FAILED"), Fake("RUNNING")
-    with pytest.raises(athena.AthenaError, match="select failed: table not found"):
+    with pytest.raises(AthenaError, match="select failed: table not found"):
         athena._follow(failed, "id", "select")
     monkeypatch.setattr(athena, "TIMEOUT_S", 0.05)
-    with pytest.raises(athena.AthenaError, match="longer than"):
+    with pytest.raises(AthenaError, match="longer than"):
         athena._follow(slow, "id", "select")
     assert (done.stopped, failed.stopped, slow.stopped) == ([], [], ["id"])

@@ -9,8 +9,9 @@ import pytest
 
 from kit.data import augment as eda
 from kit.data.trace import trace
+from kit.errors import ParamError
 from kit.lake import Counts, Lake
-from kit.params import AugmentText, BuildDatasets, ParamError
+from kit.params import AugmentText, BuildDatasets
 
 TEXTS = ("row_id", "doc_id", "kind", "item", "prompt", "completion", "language", "host", "source", "group")
 ROW = pa.schema([*((name, pa.string()) for name in TEXTS), ("rating", pa.float32()), ("label", pa.int8())])

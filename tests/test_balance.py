@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from kit.data import balance, packing
 from kit.data.balance import assign, balance_tokenization, cut, encode, load_tokenizer, slices
+from kit.errors import ParamError
 from kit.lake import Counts, Lake
-from kit.params import BalanceTokenization, BuildDatasets, ParamError
+from kit.params import BalanceTokenization, BuildDatasets
 
 WORDS = [
     "the",

@@ -5,9 +5,9 @@ from test_models import tiny_model
 from test_preference import dpo_params, tuned_lake
 
 from kit import params
+from kit.errors import ParamError
 from kit.measure import benchmark
 from kit.measure.benchmark import benchmark_training, cells
-from kit.params import ParamError
 from kit.train import settings
 from kit.train.meter import PARTS
 from kit.train.methods import METHODS

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kit import ROOT, KitError
+from kit import ROOT
 from kit.data import archive, blocks
 from kit.data.blocks import all_text, choose, extract, features, main_text, parse, walk
+from kit.errors import KitError
 
 SENTENCES = [
     "The river rose during the night, and by morning the lower fields were under water.",

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
 
+from kit.errors import ModelError, ParamError
 from kit.lake import Counts, Lake
-from kit.params import BuildDatasets, ClassifySentiment, ParamError
+from kit.params import BuildDatasets, ClassifySentiment
 from kit.train import classify, parallel, rank_job
 from kit.train.classify import labelled
 from kit.train.ranks import jobs, launch, require
-from kit.train.shipped import ModelError
 
 GOOD, BAD = "a warm and funny film with a cast that works", "a dull and slow film with a plot that fails"
 WAYS = ["ddp", "fsdp", "pipeline", "tensor", "tensor_data"]

@@ -6,10 +6,10 @@ from test_models import no_network, tiny_model
 from test_sft import review
 
 from kit import params
+from kit.errors import ModelError
 from kit.measure import compare
 from kit.measure.compare import compare_generations, complete, report
 from kit.params import CompareGenerations
-from kit.train.shipped import ModelError
 
 EVIL = "<script>alert(1)</script> \u202etxt\x07"
 

@@ -7,12 +7,12 @@ from test_models import tiny_model
 from test_sft import make_lake
 
 from kit import reference
+from kit.errors import ModelError, ParamError
 from kit.lake import Lake
 from kit.measure import compare_methods
 from kit.measure.compare_methods import CLAIMS, EXTRAS, claims, tuning
-from kit.params import ComparePeft, ParamError
+from kit.params import ComparePeft
 from kit.train.methods import METHODS
-from kit.train.shipped import ModelError
 
 
 def compare_params(lake: Lake, **values) -> ComparePeft:

@@ -12,8 +12,9 @@ from kit.data.datasets import Splits, build_datasets, grid, heldout_groups, plai
 from kit.data.extract import REVIEW
 from kit.data.formats import FORMATS, document_rows, instruction_row
 from kit.data.trace import trace
-from kit.lake import Account, Counts, Lake, LakeError, Manifest
-from kit.params import BuildDatasets, Deduplicate, ParamError, RefineText
+from kit.errors import LakeError, ParamError
+from kit.lake import Account, Counts, Lake, Manifest
+from kit.params import BuildDatasets, Deduplicate, RefineText
 
 P = BuildDatasets()
 KEPT = pa.schema([("doc_id", pa.string()), ("cluster_id", pa.string()), ("keep", pa.bool_())])

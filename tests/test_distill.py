@@ -10,13 +10,13 @@ from test_sft import make_lake, outputs, review, sft_params
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kit import params
+from kit.errors import ModelError
 from kit.train import distill as stage
 from kit.train import load
 from kit.train.batches import IGNORED, padded
 from kit.train.distill import WAYS, build, distill, losses, thin
 from kit.train.encode import perplexity, prepare
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 SMALL = {"distill_steps": 3, "distill_batch_size": 2, "max_tokens": 48, "eval_rows": 3, "threads": 1}
 SMALL |= {"student_layers": 1, "distill_tokens": 4, "teacher": "base", "dtype": "float32"}

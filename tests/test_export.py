@@ -16,13 +16,12 @@ from test_sft import make_lake, outputs, sft_params
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kit import ROOT, params
-from kit.lake import LakeError
+from kit.errors import LakeError, ModelError
 from kit.train import adapters, export, load
 from kit.train import consolidate as shards
 from kit.train.consolidate import consolidate
 from kit.train.export import merge_and_export
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 # two real processes: FSDP2 on gloo, as `dcp.save` writes it, nested with an optimizer's state, flat, or as slices
 # of safetensors; argv: model, target, what to write

@@ -19,7 +19,8 @@ from test_fetch import server  # noqa: F401
 from kit.data import archive, extract
 from kit.data.extract import FAILURE, Html, extract_page, extract_rows, extract_text
 from kit.data.index import doc_id, explore_index
-from kit.lake import Lake, LakeError
+from kit.errors import LakeError, RecordError
+from kit.lake import Lake
 from kit.params import ExploreIndex, ExtractText
 from kit.pipeline import state
 
@@ -225,7 +226,7 @@ def test_the_prefilter_drops_what_all_text_of_a_page_rules_out(
         kept = extract_page(row(), made, ExtractText(prefilter=True, **values))
         assert kept == extract_page(row(), made, ExtractText())
     else:
-        with pytest.raises(archive.RecordError, match=reason):
+        with pytest.raises(RecordError, match=reason):
             extract_page(row(), made, ExtractText(prefilter=True, **values))
 
 

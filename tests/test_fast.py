@@ -10,13 +10,13 @@ from test_models import tiny_model
 from test_sft import make_lake, sft_params
 from trl import SFTConfig
 
+from kit.errors import ModelError
 from kit.params import FinetuneSft
 from kit.train import load, meter, plan, settings, sft
 from kit.train.machine import Machine
 from kit.train.methods import adapter_config
 from kit.train.setup import resolve
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 
 def test_stock_is_what_trl_does_unasked(tmp_path):

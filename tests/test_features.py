@@ -8,7 +8,7 @@ import pytest
 
 from kit.data import entities as names
 from kit.data import features
-from kit.params import ParamError
+from kit.errors import ParamError
 
 # sentences with their [names](TYPE): WRITTEN for this test, DRAWN by chance from the texts of the sample crawl
 # (the rules were made to do well on both), and UNSEEN, drawn in the same way when the rules stood

@@ -27,10 +27,9 @@ import pytest
 from conftest import SAMPLE
 
 from kit.data import archive, fetch, polite
-from kit.data.archive import RecordError
 from kit.data.extract import verified_page
 from kit.data.fetch import may_retry, plan_ranges, read_ranges
-from kit.data.polite import FetchError, Missing
+from kit.errors import FetchError, Missing, RecordError
 from kit.lake import fingerprint
 
 INDEX = sorted((SAMPLE / "cc-index").rglob("*.parquet"))

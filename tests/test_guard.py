@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import psutil
 import pytest
 
-from kit.data.guard import GuardError, in_child
+from kit.data.guard import in_child
+from kit.errors import GuardError
 
 
 def work(items: Sequence[tuple[int, object]], beat: Callable[[int], None]) -> bytes:

@@ -11,10 +11,10 @@ import pytest
 from conftest import CRAWL, SAMPLE
 from test_archive import FORMS, record
 
-from kit.data.archive import ArchiveError
 from kit.data.index import Index, explore_index
-from kit.lake import Lake, LakeError
-from kit.params import ExploreIndex, ParamError
+from kit.errors import ArchiveError, LakeError, ParamError
+from kit.lake import Lake
+from kit.params import ExploreIndex
 
 ARCHIVE = {"archive_paths": [str(SAMPLE / "crawl-data" / CRAWL)]}
 

@@ -20,9 +20,10 @@ from test_archive import MEMBERS, SITE, record
 from kit import ROOT
 from kit.data import archive, job
 from kit.data.archive import Record
-from kit.data.job import JobError, load_job, run_archives, run_job
+from kit.data.job import load_job, run_archives, run_job
 from kit.data.spark import java_home
-from kit.lake import Lake, LakeError
+from kit.errors import JobError, LakeError, RecordError
+from kit.lake import Lake
 from kit.params import WriteYourOwnJob
 
 ROWS = """
@@ -239,7 +240,7 @@ def test_the_shipped_reviews_have_film_rating_and_text_but_no_author(crawl_plant
 def shipped_json(r: Record) -> list[str]:
     try:
         return [x.split("</script>")[0] for x in r.payload.decode("utf-8", "replace").split('ld+json">')[1:]]
-    except archive.RecordError:
+    except RecordError:
         return []
 
 

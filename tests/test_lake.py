@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 
 from kit import lake as lake_module
-from kit.lake import Account, Counts, Lake, LakeError, MissingInput, fingerprint, source_sha256
-from kit.params import ExploreIndex, ExtractText, ParamError, RefineText
+from kit.errors import LakeError, MissingInput, ParamError
+from kit.lake import Account, Counts, Lake, fingerprint, source_sha256
+from kit.params import ExploreIndex, ExtractText, RefineText
 
 TABLE = pa.table({"x": [1, 2, 3]})
 
@@ -311,6 +312,8 @@ def test_rows_of_which_the_first_failed_keep_the_columns_of_the_others(lake):
         out.rows("table", rows, pa.schema([("seconds", pa.float64())]))
         named = out.commit(Counts(records_in=2, records_out=2))
     assert lake.table(named, "table").column_names == ["seconds"]
+
+
 STAGE = "r", "10_explore_index"
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from kit.errors import ModelError
 from kit.params import METHODS as NAMES
 from kit.params import FinetuneSft
 from kit.train import load
@@ -9,7 +10,6 @@ from kit.train.encode import prepare
 from kit.train.methods import METHODS, adapter_config, base_quantization
 from kit.train.setup import resolve
 from kit.train.sft import fit
-from kit.train.shipped import ModelError
 
 
 def test_the_table_has_every_method_that_a_recipe_may_name():

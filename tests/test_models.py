@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kit.errors import ModelError
 from kit.train import adapters, encode, load, shipped
 from kit.train.batches import IGNORED
-from kit.train.shipped import ModelError
 
 TEXT = [
     "The film is a slow burn, and the ending is worth the wait.",

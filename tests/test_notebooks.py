@@ -163,6 +163,8 @@ def test_every_cell_can_be_run_again(tmp_path):
         notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     ).execute()
     assert (tmp_path / "lake/intermediate/sample/10_explore_index/_manifest.json").exists()
+
+
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text(encoding="utf-8"))
 DATA = [stem for stem in params.NOTEBOOKS if stem < "60"]
 

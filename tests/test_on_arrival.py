@@ -19,9 +19,10 @@ import pytest
 
 from kit.data import archive, landed
 from kit.data.trace import trace
-from kit.lake import Lake, LakeError
+from kit.errors import EventError, LakeError
+from kit.lake import Lake
 from kit.launch import on_arrival
-from kit.launch.on_arrival import EventError, commits, handle, handler, put, read_manifest, zone
+from kit.launch.on_arrival import commits, handle, handler, put, read_manifest, zone
 from kit.launch.watch import event_of, linked_images, outcomes, refine_on_arrival, watch
 from kit.params import RefineOnArrival
 from tests.conftest import CRAWL, SAMPLE

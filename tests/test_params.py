@@ -3,13 +3,13 @@
 import pytest
 
 from kit import ROOT
+from kit.errors import ParamError
 from kit.params import (
     NOTEBOOKS,
     STAGES,
     AlignDpo,
     ExploreIndex,
     ExtractText,
-    ParamError,
     RefineText,
     Stage,
     for_stage,

@@ -5,9 +5,10 @@ import pyarrow as pa
 import pytest
 
 from kit import pipeline, report
+from kit.errors import ParamError, StageFailed
 from kit.lake import Counts, Lake
-from kit.params import STAGES, ParamError, for_stage
-from kit.pipeline import StageFailed, pick, run_stage, states
+from kit.params import STAGES, for_stage
+from kit.pipeline import pick, run_stage, states
 
 VALUES = {"run": "r"}
 

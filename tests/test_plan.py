@@ -13,6 +13,7 @@ from test_sft import make_lake, sft_params
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import ROOT
+from kit.errors import ModelError
 from kit.params import METHODS, AlignDpo, CompareGenerations, FinetuneSft
 from kit.train import dry, load, plan, shipped
 from kit.train import machine as machines
@@ -22,7 +23,6 @@ from kit.train.machine import GPUS, Machine
 from kit.train.methods import adapter_config
 from kit.train.setup import resolve
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 SMALL = Machine("a small machine", 20 * 1024, 300e9, 10.0, gpu=False)

@@ -7,11 +7,11 @@ from test_models import TEXT, no_network, tiny_model
 from test_sft import make_lake, outputs, pair, sft_params
 
 from kit import params
+from kit.errors import ModelError
 from kit.train import load, preference
 from kit.train.objectives import OBJECTIVES, check_first_loss
 from kit.train.preference import align
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 
 def dpo_params(lake, **values):

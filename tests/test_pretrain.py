@@ -11,11 +11,11 @@ from test_models import logits, no_network, tiny_model
 from test_sft import outputs, review
 
 from kit import params
+from kit.errors import ModelError
 from kit.lake import Counts, Lake
 from kit.train import load, pretrain
 from kit.train.pretrain import score, wrap
 from kit.train.setup import resolve
-from kit.train.shipped import ModelError
 
 
 def prose(seed):

@@ -28,7 +28,8 @@ from kit.data.quality import (
     overrides,
     word_count,
 )
-from kit.params import ParamError, RefineText
+from kit.errors import ParamError
+from kit.params import RefineText
 
 DEFAULTS = RefineText().model_dump()
 SETS = [r for r in RULE_SETS if r != "url"]

@@ -17,8 +17,9 @@ from kit.data import polite, spark
 from kit.data.extract import extract_text
 from kit.data.index import explore_index
 from kit.data.job import run_job
+from kit.errors import ParamError
 from kit.lake import Lake
-from kit.params import Cores, ExploreIndex, ExtractText, ParamError, WriteYourOwnJob
+from kit.params import Cores, ExploreIndex, ExtractText, WriteYourOwnJob
 from kit.params.data import Fetching
 
 NAMES = sorted(str(f.relative_to(SAMPLE)) for f in SAMPLE.rglob("*.warc.gz"))

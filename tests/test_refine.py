@@ -30,8 +30,9 @@ from kit.data.refine import (
     repair,
     verdict,
 )
+from kit.errors import ParamError
 from kit.lake import Lake
-from kit.params import ParamError, RefineText
+from kit.params import RefineText
 
 
 def refine_one(row, p):

@@ -13,13 +13,13 @@ from test_models import TEXT, no_network, tiny_model
 from test_sft import make_lake, outputs, pair, review, sft_params
 
 from kit import params
+from kit.errors import ModelError
 from kit.train import load, reward
 from kit.train.encode import perplexity, prepare
 from kit.train.meter import steps_table
 from kit.train.reward import reward_and_policy
 from kit.train.setup import resolve
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 from kit.train.trust import LIMITS, calibration, hacking, repetition, wilson
 
 WORDS = ["plot", "cast", "scene", "music", "light", "story", "actor", "joke", "song", "end"]

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from kit.data import rows
-from kit.data.archive import ArchiveError, Damage, RecordError, list_archives
+from kit.data.archive import Damage, list_archives
 from kit.data.extract import extract_rows, extract_text
 from kit.data.index import Index, explore_index
 from kit.data.refine import refine_documents
 from kit.data.trace import trace
+from kit.errors import ArchiveError, RecordError
 from kit.lake import Lake
 from kit.params import ExploreIndex, ExtractText, RefineText, for_stage
 

@@ -9,12 +9,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 from test_models import tiny_model
 
+from kit.errors import ModelError
 from kit.params import FinetuneSft
 from kit.train import plan, scaling
 from kit.train.machine import GPUS
 from kit.train.scaling import STRATEGIES, Links, Work, measured_links, predict, work_of
 from kit.train.setup import resolve
-from kit.train.shipped import ModelError
 
 GB = 1e9
 # 250M float32 weights, all trained: a gradient of 1 GB; 12 passes

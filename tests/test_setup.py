@@ -11,12 +11,12 @@ from test_sft import make_lake, sft_params
 
 import kit
 from kit import cost
+from kit.errors import ModelError
 from kit.params import AlignDpo, ContinuePretraining, Distill, FinetuneSft, RewardAndPolicy
 from kit.train import plan, preference, scaling
 from kit.train.machine import GPUS, Machine
 from kit.train.setup import resolve
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 GPU = GPUS["h100"]
 

@@ -13,12 +13,12 @@ import torch
 from test_models import TEXT, no_network, tiny_model
 
 from kit import ROOT, params
+from kit.errors import ModelError
 from kit.lake import Counts, Lake
 from kit.train import adapters, load, loop, meter, settings, sft
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.methods import METHODS
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 
 def review(i, completion, prompt="The film is"):

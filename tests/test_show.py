@@ -5,6 +5,7 @@ import pytest
 
 from kit import show
 from kit.lake import Counts
+from kit.progress import PROGRESS_FILE, progress
 
 matplotlib.use("Agg")
 EVIL = "<script>alert(1)</script>\u202eevil\x1b[31m"
@@ -51,8 +52,8 @@ def test_differences_are_marked_on_both_sides():
 
 def test_progress_says_how_far_and_how_long(monkeypatch, tmp_path):
     path = tmp_path / "progress"
-    monkeypatch.setenv(show.PROGRESS_FILE, str(path))
-    with show.progress(4, "extract", "pages") as bar:
+    monkeypatch.setenv(PROGRESS_FILE, str(path))
+    with progress(4, "extract", "pages") as bar:
         bar.update(2)
         assert "2/4 pages" in bar.line() and "s left" in bar.line()
         bar.note("loss 2.1")

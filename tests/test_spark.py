@@ -2,8 +2,8 @@
 
 import pytest
 
-from kit import KitError
-from kit.data.spark import SparkError, java_home, java_version, plan, run_tasks, session
+from kit.data.spark import java_home, java_version, plan, run_tasks, session
+from kit.errors import KitError, SparkError
 from kit.params import Cores
 
 P = Cores(cores=2)

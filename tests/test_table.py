@@ -16,8 +16,9 @@ from conftest import CRAWL, SAMPLE
 from kit.data import polite
 from kit.data.index import Index, explore_index
 from kit.data.table import athena_usd
+from kit.errors import FetchError, ParamError
 from kit.lake import Lake
-from kit.params import ExploreIndex, ParamError
+from kit.params import ExploreIndex
 
 QUESTIONS = {
     "languages": lambda index: index.count_by("content_languages"),
@@ -228,8 +229,8 @@ def test_a_store_that_breaks_off_is_told_by_its_own_error(middling: Path, monkey
     index = Index(ExploreIndex(index_path=str(middling), crawl=big_index.CRAWL))
 
     def gone(*_, **__):
-        raise polite.FetchError("fetch: HTTP 503", "https://far/part.parquet")
+        raise FetchError("fetch: HTTP 503", "https://far/part.parquet")
 
     monkeypatch.setattr(index.files.fs, "cat_file", gone)
-    with pytest.raises(polite.FetchError, match="503"):
+    with pytest.raises(FetchError, match="503"):
         index.count_by("url_host_name")

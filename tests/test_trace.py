@@ -5,7 +5,8 @@ import re
 import pytest
 
 from kit.data.trace import trace
-from kit.lake import Lake, LakeError
+from kit.errors import LakeError
+from kit.lake import Lake
 
 HELD = re.compile(r"(\d+) of (\d+) sentences")
 

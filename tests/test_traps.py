@@ -14,12 +14,12 @@ from test_sft import make_lake, review, sft_params
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, pack_dataset
 
+from kit.errors import ModelError
 from kit.train import adapters, batches, encode, load, loop
 from kit.train.batches import IGNORED
 from kit.train.flops import model_flops, naive_6n
 from kit.train.setup import resolve, trainer_arguments
 from kit.train.sft import finetune
-from kit.train.shipped import ModelError
 
 
 def gradients(model, ids):

@@ -24,19 +24,9 @@ import fsspec
 
 from kit import resolve
 from kit.data import polite  # noqa: F401 (makes https:// polite)
-from kit.data.record import (
-    HEAD_BYTES,
-    PAGE_RECORDS,
-    START,
-    Head,
-    Page,
-    Record,
-    RecordError,
-    find_head,
-    parse_page,
-)
+from kit.data.record import HEAD_BYTES, PAGE_RECORDS, START, Head, Page, Record, find_head, parse_page
 from kit.data.unpack import GZIP, Break, Piece, pieces, zlib
-from kit.errors import ArchiveError
+from kit.errors import ArchiveError, RecordError
 
 __all__ = [
     "PAGE_RECORDS", "ArchiveError", "Damage", "Entry", "Page", "Record", "RecordError",

@@ -29,10 +29,10 @@ from pyspark.sql import Column
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, StringType, StructType
 
-from kit import KitError
 from kit.data.spark import plan, run_tasks
+from kit.errors import KitError, ParamError
 from kit.lake import Account, Lake, Manifest
-from kit.params import AugmentText, ParamError
+from kit.params import AugmentText
 
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 WORD = re.compile(rf"[^\W\d_{NO_SPACES}]+(?:['’-][^\W\d_]+)*")

@@ -34,9 +34,10 @@ from kit import resolve
 from kit.data.augment import train_shares
 from kit.data.packing import Slices, best_fit, write_rows
 from kit.data.spark import collect, run_tasks, session
-from kit.lake import Account, Lake, LakeError, Manifest, StageWriter
-from kit.params import BalanceTokenization, ParamError
-from kit.show import progress
+from kit.errors import LakeError, ParamError
+from kit.lake import Account, Lake, Manifest, StageWriter
+from kit.params import BalanceTokenization
+from kit.progress import progress
 
 Share = tuple[str, int, int]
 """Path of a file of training rows, first row, number of rows."""

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from selectolax.lexbor import LexborHTMLParser
 
-from kit import KitError
 from kit.data.block_features import (
     ANCESTORS,
     BIT,
@@ -36,6 +35,7 @@ from kit.data.block_features import (
     Blocks,
     features,
 )
+from kit.errors import KitError
 
 MODEL = Path(__file__).with_name("blocks_model.txt.gz")
 MAX_STEPS, MAX_WORDS = 3_000, 50_000  # entries of the caches of two pure functions

@@ -24,8 +24,9 @@ from kit.data import formats
 from kit.data.boilerplate import boilerplate_lines, without_boilerplate
 from kit.data.formats import FORMATS, ROW, Made, Row, fold, jsonl, row_id
 from kit.data.preferences import PAIR, build_pairs
-from kit.lake import Account, Input, Lake, LakeError, Manifest, StageWriter
-from kit.params import BuildDatasets, ParamError, nearest
+from kit.errors import LakeError, ParamError
+from kit.lake import Account, Input, Lake, Manifest, StageWriter
+from kit.params import BuildDatasets, nearest
 from kit.show import printable
 
 SPLITS = ("train", "heldout")

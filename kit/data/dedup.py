@@ -43,10 +43,11 @@ from kit.data.copies import (
     verify,
 )  # fmt: skip
 from kit.data.minhash import mix
-from kit.data.spark import SparkError, collect, plan, session
+from kit.data.spark import collect, plan, session
+from kit.errors import SparkError
 from kit.lake import Account, Lake, Manifest, Output
 from kit.params import Deduplicate
-from kit.show import progress
+from kit.progress import progress
 
 __all__ = [
     "BOILERPLATE",

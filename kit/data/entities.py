@@ -19,7 +19,7 @@ from typing import Any
 
 import stopwordsiso
 
-from kit.params import ParamError
+from kit.errors import ParamError
 
 MAX_ENTITIES = 50
 PLACEHOLDER = re.compile(r"<[A-Z\d_]+>")

@@ -24,11 +24,12 @@ from kit import resolve
 from kit.data import archive, blocks, fetch, guard, quality
 from kit.data import page as pages
 from kit.data import rows as row_files
-from kit.data.archive import ArchiveError, Page, RecordError
+from kit.data.archive import Page
 from kit.data.language import detect_language
 from kit.data.rate import run_at_rate
 from kit.data.spark import plan
-from kit.lake import Account, Lake, LakeError, Manifest, Output, PartWriter, StageWriter
+from kit.errors import ArchiveError, LakeError, RecordError
+from kit.lake import Account, Lake, Manifest, Output, PartWriter, StageWriter
 from kit.params import ExtractText
 
 IMAGE = pa.struct([(n, pa.string()) for n in ("src", "alt", "caption", "context")])

@@ -17,8 +17,8 @@ from fsspec.spec import AbstractFileSystem
 
 from kit import resolve
 from kit.data import polite
-from kit.data.archive import RecordError
-from kit.data.polite import GIVE_UP_AFTER, Missing, may_retry
+from kit.data.polite import GIVE_UP_AFTER, may_retry
+from kit.errors import Missing, RecordError
 
 __all__ = ["Read", "may_retry", "plan_ranges", "read_ranges"]
 

@@ -21,9 +21,10 @@ import pyarrow.compute as pc
 from kit.data import archive, polite, questions
 from kit.data import rows as row_files
 from kit.data.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
-from kit.lake import Account, Lake, LakeError, Manifest
-from kit.params import ExploreIndex, ParamError
-from kit.show import progress
+from kit.errors import ArchiveError, LakeError, ParamError
+from kit.lake import Account, Lake, Manifest
+from kit.params import ExploreIndex
+from kit.progress import progress
 
 SCANNED = 1 << 16
 """Rows of a scan that are held as Python objects."""
@@ -224,5 +225,5 @@ def _common_base(files: list[str]) -> str:
     folders = [f.rpartition("://")[2].rpartition("/")[0] for f in files]
     base = "" if others else os.path.commonpath(folders)
     if not base:
-        raise archive.ArchiveError("archives of one run must lie on one store, below one folder")
+        raise ArchiveError("archives of one run must lie on one store, below one folder")
     return f"{scheme}://{base}" if scheme else base

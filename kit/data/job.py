@@ -31,12 +31,12 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from kit import KitError, resolve
+from kit import resolve
 from kit.data import archive
-from kit.data.archive import Record, RecordError
+from kit.data.archive import Record
 from kit.data.rate import run_at_rate
 from kit.data.spark import plan
-from kit.errors import JobError
+from kit.errors import JobError, KitError, RecordError
 from kit.lake import Account, Counts, Lake, Manifest
 from kit.params import WriteYourOwnJob
 

@@ -23,8 +23,8 @@ from kit.data import blocks, guard, page
 from kit.data.archive import SUFFIX
 from kit.data.extract import DOCUMENT, DROPPED, PLACE, extract_rows
 from kit.data.index import Index, doc_id
-from kit.data.record import RecordError
 from kit.data.unpack import GZIP, ZSTD
+from kit.errors import RecordError
 from kit.lake import Account, Counts
 from kit.params import ExploreIndex, RefineOnArrival
 

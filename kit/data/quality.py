@@ -26,7 +26,8 @@ import numpy as np
 
 from kit import resolve
 from kit.data import words as w
-from kit.params import ParamError, nearest
+from kit.errors import ParamError
+from kit.params import nearest
 
 BULLETS, ELLIPSES = ("•", "-"), ("...", "…")
 UNSPACED = frozenset({"zh", "ja", "th", "lo", "km", "my"})

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from kit.data.record import PAGE_RECORDS
-from kit.params import ExploreIndex, ParamError
+from kit.errors import ParamError
+from kit.params import ExploreIndex
 
 SELECTED = [
     "warc_filename", "warc_record_offset", "warc_record_length", "wrapping", "record_type", "url", "fetch_time",

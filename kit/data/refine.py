@@ -23,8 +23,9 @@ from kit.data import features, pii, quality
 from kit.data.extract import DOCUMENT
 from kit.data.language import detect_language
 from kit.data.spark import run_tasks
+from kit.errors import ParamError
 from kit.lake import Account, Lake, Manifest
-from kit.params import ParamError, RefineText, Refining, nearest
+from kit.params import RefineText, Refining, nearest
 
 CONTROL_CHARS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
 CONTROL = re.compile(f"[{CONTROL_CHARS}]")

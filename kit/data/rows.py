@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from kit.data import blocks
-from kit.data.archive import ROWS, ArchiveError, Damage, Entry, Page, RecordError, opened
+from kit.data.archive import ROWS, Damage, Entry, Page, opened
 from kit.data.page import decode
 from kit.data.questions import host_of
 from kit.data.record import sha1
 from kit.data.unpack import Break, Piece, pieces
+from kit.errors import ArchiveError, RecordError
 
 WRAPPINGS = ROW, PACKED = "row", "row stream"
 """Wrappings of a row: its offset counts bytes of the file, or of what the file unpacks to."""

@@ -20,10 +20,11 @@ from pyspark import Accumulator
 from pyspark.core.rdd import RDD
 from pyspark.sql import SparkSession
 
-from kit import ROOT, KitError, process
-from kit.errors import SparkError
+from kit import ROOT, process
+from kit.errors import KitError, SparkError
 from kit.params import Cores
-from kit.show import Progress, progress, stderr_to
+from kit.process import stderr_to
+from kit.progress import Progress, progress
 
 MIN_JAVA = 17
 JVM_LOG = ROOT / ".cache" / "spark.log"

@@ -24,8 +24,9 @@ from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import kit.data.polite  # noqa: F401  registers http(s)
 from kit import resolve
-from kit.params import ExploreIndex, ParamError
-from kit.show import progress
+from kit.errors import ParamError
+from kit.params import ExploreIndex
+from kit.progress import progress
 
 TAIL_BYTES = 64 << 10
 """How much of a file's end is fetched at once; a footer of ten row groups of cc-index is about 50 KB."""

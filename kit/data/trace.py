@@ -13,11 +13,11 @@ import pyarrow.dataset as ds
 
 from kit import resolve
 from kit.data import archive, pii, rows
-from kit.data.archive import RecordError
 from kit.data.extract import open_archive
 from kit.data.page import decode
 from kit.data.refine import REFINED
-from kit.lake import Lake, LakeError, Manifest
+from kit.errors import LakeError, RecordError
+from kit.lake import Lake, Manifest
 from kit.show import printable
 
 PLACEHOLDER = re.compile("|".join(f"<{kind.upper()}>" for kind in pii.TYPES))

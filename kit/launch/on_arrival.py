@@ -40,13 +40,12 @@ from kit.data import guard
 from kit.data.extract import DOCUMENT
 from kit.data.landed import documents_of
 from kit.data.refine import REFINED, refine_batch
-from kit.errors import EventError
+from kit.errors import EventError, LakeError
 from kit.lake import (
     Account,
     Counts,
     Input,
     Lake,
-    LakeError,
     Manifest,
     Output,
     Work,

@@ -26,10 +26,11 @@ import pyarrow as pa
 import watchfiles
 
 from kit import process
-from kit.lake import MANIFEST, Account, Input, Lake, LakeError, Manifest, fingerprint
+from kit.errors import LakeError
+from kit.lake import MANIFEST, Account, Input, Lake, Manifest, fingerprint
 from kit.launch.on_arrival import commit, commits, handle, put, put_table, read_manifest, tokens, zone
 from kit.params import RefineOnArrival
-from kit.show import progress
+from kit.progress import progress
 
 ENDS = {"refined", "quarantined", "ignored", "error"}
 TRIES, SETTLE_S, POLL_S, RESCAN_S = 3, 0.05, 0.25, 10.0

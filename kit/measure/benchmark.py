@@ -25,10 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import process
 from kit.cost import usd_per_million
+from kit.errors import ParamError
 from kit.lake import Counts, Lake, Manifest, code_identity, environment
 from kit.measure.compare_methods import encoded, gpu_name, in_own_process
-from kit.params import BenchmarkTraining, FinetuneSft, ParamError, nearest
-from kit.show import progress
+from kit.params import BenchmarkTraining, FinetuneSft, nearest
+from kit.progress import progress
 from kit.train import load, settings
 from kit.train.describe import with_layers
 from kit.train.flops import measured_peak, model_flops, naive_6n

@@ -10,10 +10,11 @@ from typing import Any
 import fsspec
 
 from kit import process, resolve
+from kit.errors import ParamError, RecordError
 from kit.lake import Lake, StageWriter
 from kit.measure import near_jobs
 from kit.measure.process_tree import Measured
-from kit.params import BenchmarkData, ExploreIndex, ParamError
+from kit.params import BenchmarkData, ExploreIndex
 
 NEAR_DEDUP = "near-dedup"
 
@@ -68,7 +69,7 @@ def sampled_pages(p: BenchmarkData, lake: Lake, out: StageWriter, work: Path) ->
                 try:
                     raw = archive.read_bytes(f, *place, 1 << 28)
                     archive.parse_page(raw, 1 << 28)
-                except archive.RecordError:  # planted damage is for other tests
+                except RecordError:  # planted damage is for other tests
                     continue
             record = next(iter(ArchiveIterator(io.BytesIO(raw))))
             record.rec_headers.replace_header("WARC-Identified-Payload-Type", "text/html")

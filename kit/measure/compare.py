@@ -11,12 +11,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import show
+from kit.errors import ModelError
 from kit.lake import Counts, Lake, Manifest
 from kit.params import CompareGenerations
+from kit.progress import progress
 from kit.train import load
 from kit.train.encode import perplexity, prepare
 from kit.train.generate import for_readers, generate
-from kit.train.shipped import ModelError
 
 STEPS: dict[str, tuple[str, ...]] = {
     "base": (),
@@ -45,7 +46,7 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
         heldout.require("heldout")
         said: dict[str, list[str]] = {}
         scores: list[dict[str, Any]] = []
-        with show.progress(len(STEPS), "compare", "models") as bar:
+        with progress(len(STEPS), "compare", "models") as bar:
             for name, stages in STEPS.items():
                 model = load.load_model(p.base_model, dtype=p.dtype, adapters=[folders[s] for s in stages])
                 said[name] = complete_all(model, tokenizer, prompts, p)

@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from kit import KitError, reference
+from kit import reference
 from kit.cost import usd
+from kit.errors import KitError, ModelError, ParamError
 from kit.lake import Counts, Lake, Manifest
-from kit.params import ComparePeft, FinetuneSft, ParamError, nearest
-from kit.show import progress
+from kit.params import ComparePeft, FinetuneSft, nearest
+from kit.progress import progress
 from kit.train import load
 from kit.train.encode import Rows, prepare
 from kit.train.methods import METHODS
 from kit.train.sft import fit
-from kit.train.shipped import ModelError
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "full, float32": {"method": "full", "dtype": "float32"},

@@ -24,7 +24,7 @@ from kit.measure import data_jobs, near_jobs, process_tree
 from kit.measure.benchmark_rows import NEAR_DEDUP, Row, plan_rows, sampled_pages
 from kit.measure.process_tree import Measured
 from kit.params import BenchmarkData
-from kit.show import progress
+from kit.progress import progress
 
 PEERS_INSTALL = "python -m venv .cache/peers && .cache/peers/bin/pip install -c constraints.txt -e '.[peers]'"
 """In an environment of its own: datatrove wants fasttext-numpy2-wheel, which overwrites the module that the

@@ -10,6 +10,7 @@ from typing import Any, get_origin
 import yaml
 
 from kit import ROOT, resolve
+from kit.errors import ParamError
 from kit.params.data import (
     AugmentText,
     BalanceTokenization,
@@ -27,7 +28,7 @@ from kit.params.data import (
 from kit.params.data import Cores as Cores
 from kit.params.data import Extracting as Extracting
 from kit.params.data import Refining as Refining
-from kit.params.stage import ParamError, Stage, nearest
+from kit.params.stage import Stage, nearest
 from kit.params.train import METHODS as METHODS
 from kit.params.train import (
     AlignDpo,

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType
 from transformers import PreTrainedModel
 
+from kit.errors import ModelError
 from kit.train.describe import computes_in
-from kit.train.shipped import ModelError
 
 TUNED_ON = "tuned_on.json"
 """Beside an adapter: the base as a person named it, how it was quantised for the training, and what it computed in."""

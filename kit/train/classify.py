@@ -26,9 +26,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kit import process
+from kit.errors import ModelError, ParamError
 from kit.lake import Counts, Lake, Manifest
-from kit.params import ClassifySentiment, ParamError, nearest
-from kit.show import progress
+from kit.params import ClassifySentiment, nearest
+from kit.progress import progress
 from kit.train import load
 from kit.train.consolidate import consolidate
 from kit.train.flops import ModelFlops, model_flops
@@ -36,7 +37,6 @@ from kit.train.parallel import timed
 from kit.train.rank_job import CHECKPOINT, ROWS, START, Job, padded, save_rows, steps_of
 from kit.train.ranks import jobs, launch, require
 from kit.train.scaling import Links, Work, predict
-from kit.train.shipped import ModelError
 from kit.train.strategies import STRATEGIES
 
 LABELS = {0: "negative", 1: "positive"}

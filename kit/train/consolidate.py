@@ -18,8 +18,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from kit.errors import ModelError
 from kit.train.loop import no_space
-from kit.train.shipped import ModelError
 
 INDEX = "model.safetensors.index.json"
 ALLOWED = re.compile(

@@ -21,6 +21,7 @@ import torch
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from kit.errors import ModelError
 from kit.lake import Lake, Manifest, StageWriter
 from kit.params import Distill
 from kit.train import adapters, load
@@ -31,7 +32,6 @@ from kit.train.generate import generate
 from kit.train.loop import quiet, run
 from kit.train.meter import Metered, steps_table
 from kit.train.setup import resolve, trainer_arguments
-from kit.train.shipped import ModelError
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: a test holds its formula
     from trl.experimental.gkd import GKDTrainer

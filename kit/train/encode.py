@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kit.errors import ModelError
 from kit.lake import Counts
 from kit.train.batches import IGNORED, padded, predicted, summed_loss
-from kit.train.shipped import ModelError
 
 
 @dataclass

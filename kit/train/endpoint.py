@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from kit.errors import ModelError
 from kit.train.chat import Call, Turn
-from kit.train.shipped import ModelError
 
 RETRIES, WORKERS, JUDGED = 3, 4, 3
 """Further attempts of a request; requests under way at once; how often a judge is asked for a letter."""

@@ -22,8 +22,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_serve_available
 
 from kit import show
+from kit.errors import ModelError
 from kit.lake import Lake, Manifest, code_identity, environment, losses
 from kit.params import MergeAndExport
+from kit.progress import Progress, progress
 from kit.train import adapters, load, shipped
 from kit.train.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.consolidate import explained, open_sharded
@@ -31,7 +33,6 @@ from kit.train.encode import prepare
 from kit.train.generate import generate
 from kit.train.meter import peak_memory
 from kit.train.methods import METHODS
-from kit.train.shipped import ModelError
 
 CHAIN = {"60_finetune_sft": ("60_finetune_sft",), "70_align_dpo": ("60_finetune_sft", "70_align_dpo")}
 LIMIT = {"none": 1e-3, "nf4": 1e-2, "nf4_double": 1e-2, "int8": 0.1}
@@ -55,7 +56,7 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
         heldout = lake.table(out.read("50_build_datasets"), "heldout").to_pylist()
         rows = prepare(heldout, tokenizer, p.max_tokens, tuned[0].params.get("task", "completion"))
         rows.require("heldout")
-        with peak_memory() as peak, show.progress(6, "export", "steps") as bar:
+        with peak_memory() as peak, progress(6, "export", "steps") as bar:
             probe = Probe(rows.rows[: p.export_rows], tokenizer, p.export_tokens, bar)
             kind = adapters.tuned_on(adapter_folders[-1])["quantization"]
             trained_in = tuned[-1].metrics["what_ran"].get("computes_in", "float32")
@@ -127,9 +128,7 @@ def verify(folder: Path, model: torch.nn.Module) -> None:
 class Probe:
     """What each model on the way is asked: logits of the held-out rows, greedy answers to their prompts."""
 
-    def __init__(
-        self, rows: list[dict[str, list[int]]], tokenizer: Any, tokens: int, bar: show.Progress
-    ) -> None:
+    def __init__(self, rows: list[dict[str, list[int]]], tokenizer: Any, tokens: int, bar: Progress) -> None:
         self.rows, self.tokenizer, self.tokens, self.bar = rows, tokenizer, tokens, bar
         self.steps, self.said = [], {}
         # a row without prompt is continued from its beginning

@@ -21,14 +21,14 @@ import pyarrow as pa
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from kit import show
+from kit.errors import ModelError, ParamError
 from kit.lake import Counts, Lake, Manifest
-from kit.params import ConstitutionalFeedback, ParamError
+from kit.params import ConstitutionalFeedback
+from kit.progress import progress
 from kit.train import load
 from kit.train.chat import InProcess, Turn
 from kit.train.encode import SECTION
 from kit.train.endpoint import Endpoint
-from kit.train.shipped import ModelError
 
 UNDECIDED = 0.001  # so near to a half is no judgement: logits of a bfloat16 model are often just equal
 JUDGEMENT_TURNS, NOT_DECIDED = "judgement depends on the order", "judged undecided"
@@ -112,7 +112,7 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
             load.set_threads(p.threads)
             asked = InProcess(p.base_model, dtype=p.dtype, trust_remote_code=p.trust_remote_code, seed=p.seed)
         calls = prompts + len(found) * (6 if asked.gives_odds else 4)
-        with show.progress(calls, "feedback", "calls") as bar:
+        with progress(calls, "feedback", "calls") as bar:
             _say(asked, "answer", found[::each], p.feedback_tokens, p.feedback_temperature, bar)
             for i, case in enumerate(found):
                 first = found[i - i % each]

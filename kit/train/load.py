@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from kit import process, resolve
+from kit.errors import ModelError
 from kit.train import shipped
 from kit.train.adapters import merge_adapter, tuned_on
 from kit.train.quantise import never_repacked, settings_of
-from kit.train.shipped import ModelError
 
 DISTINCT_PADS = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "<unk>")
 """Tokens that may pad a row, in order of preference, when the model pads with its end token or with none."""

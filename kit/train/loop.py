@@ -18,14 +18,15 @@ import torch
 import trl.trainer.utils
 from safetensors import SafetensorError
 
-from kit import ROOT, show
+from kit import ROOT
+from kit.errors import ModelError
 from kit.lake import Lake, StageWriter, code_identity
+from kit.progress import progress
 from kit.train import settings
 from kit.train.describe import computes_in, describe
 from kit.train.flops import model_flops, peak_of
 from kit.train.machine import machine_peak
 from kit.train.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
-from kit.train.shipped import ModelError
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
     with (
         quiet(recipe["loss_tile"]),
         settings.prepared(trainer.model, recipe),
-        show.progress(trainer.args.max_steps, label, "steps") as bar,
+        progress(trainer.args.max_steps, label, "steps") as bar,
         peak_memory() as peak,
     ):
         trainer.add_callback(Live(trainer, bar, peak_rate))

@@ -16,10 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
 from kit import process, show
+from kit.errors import ModelError
+from kit.progress import Progress
 from kit.train import adapters
 from kit.train.batches import packed_lengths
 from kit.train.flops import ModelFlops
-from kit.train.shipped import ModelError
 
 LOG = "log.jsonl"
 """In a run's folder: a line a step."""
@@ -127,7 +128,7 @@ def metered(flops: ModelFlops, lengths: list[int], positions: int, recomputed: b
 class Live(TrainerCallback):
     """Shows each step, keeps its log, and says which checkpoints are whole."""
 
-    def __init__(self, trainer: Any, bar: show.Progress, peak: float) -> None:
+    def __init__(self, trainer: Any, bar: Progress, peak: float) -> None:
         self.trainer, self.bar, self.peak = trainer, bar, peak
         self.log = Path(trainer.args.output_dir) / LOG
         self.seen = []

@@ -17,9 +17,9 @@ from peft import (
     initialize_kv_prefix_from_past_key_values,
 )
 
+from kit.errors import ModelError
 from kit.params import Tuning
 from kit.train.adapters import low_rank
-from kit.train.shipped import ModelError
 
 
 def _lora(p: Tuning, **more: bool) -> PeftConfig:

@@ -14,8 +14,8 @@ from typing import Any
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from kit.errors import ModelError
 from kit.train.meter import Metered
-from kit.train.shipped import ModelError
 
 TOLERANCE = 1e-3
 """Of the first loss, in bfloat16 too: an adapter that is zero adds exact zeros (measured: 2e-9)."""

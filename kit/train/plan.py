@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from kit.errors import ModelError
 from kit.params import CompareGenerations, Training, Tuning
 from kit.train import settings
 from kit.train.dry import look
 from kit.train.machine import MB, Machine
 from kit.train.setup import Setup, dtype_on, resolve
-from kit.train.shipped import ModelError
 
 STORED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes a weight of a quantised linear layer: NF4 has a float32 scale for 64 weights, double quantisation 8 bits."""

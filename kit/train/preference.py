@@ -15,6 +15,7 @@ from typing import Any
 
 import datasets
 
+from kit.errors import ModelError
 from kit.lake import Lake, Manifest
 from kit.params import AlignDpo
 from kit.train import adapters, load
@@ -25,7 +26,6 @@ from kit.train.methods import METHODS
 from kit.train.objectives import OBJECTIVES
 from kit.train.plan import require_fit
 from kit.train.setup import Setup, resolve, trainer_arguments
-from kit.train.shipped import ModelError
 
 SHARE_OF_SFT_RATE = 0.2
 """A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""

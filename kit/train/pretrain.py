@@ -22,6 +22,7 @@ import torch
 import transformers
 from trl import SFTConfig
 
+from kit.errors import ModelError
 from kit.lake import Counts, Lake, Manifest, StageWriter
 from kit.params import ContinuePretraining
 from kit.train import adapters, load
@@ -31,7 +32,6 @@ from kit.train.loop import quiet, run
 from kit.train.meter import steps_table
 from kit.train.setup import Setup, resolve, trainer_arguments
 from kit.train.sft import SftTrainer
-from kit.train.shipped import ModelError
 
 Texts = dict[str, str]
 DOMAIN, GENERAL, HELD = "domain", "general", "held out: "

@@ -17,11 +17,11 @@ import torch
 from transformers import PretrainedConfig
 
 from kit import ROOT, process
+from kit.errors import ModelError
 from kit.params import ClassifySentiment
-from kit.show import Progress
+from kit.progress import Progress
 from kit.train import load, parallel
 from kit.train.rank_job import CHECKPOINT, JOB, REPORT, Job
-from kit.train.shipped import ModelError
 
 
 def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:

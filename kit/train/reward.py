@@ -20,10 +20,11 @@ from peft import LoraConfig, TaskType
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
-from kit import show
+from kit.errors import ModelError
 from kit.lake import Lake, Manifest
 from kit.params import RewardAndPolicy
 from kit.params.fit import Fit
+from kit.progress import progress
 from kit.train import adapters, load
 from kit.train.encode import Rows, perplexity, prepare
 from kit.train.loop import quiet, run
@@ -32,7 +33,6 @@ from kit.train.methods import METHODS
 from kit.train.plan import require_fit
 from kit.train.preference import usable
 from kit.train.setup import Setup, resolve, trainer_arguments
-from kit.train.shipped import ModelError
 from kit.train.trust import calibration, hacking, repetition, wilson
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
@@ -139,7 +139,7 @@ def judged(judge: Judge, held: Rows) -> dict[str, Any]:
     """How good a reward model is on unseen pairs; lengths are those of the whole texts, in characters."""
     sides = [(tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])) for pair in held.rows]
     known = {text: 0.0 for pair in sides for text in pair}  # pairs share texts: each is read once
-    with show.progress(len(known), "held-out texts", "texts") as bar:
+    with progress(len(known), "held-out texts", "texts") as bar:
         for text in known:
             known[text] = judge.rewards([text])[0]
             bar.update()
@@ -205,7 +205,7 @@ def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tup
     judge.seen, batches = [], trainer.get_eval_dataloader()
     torch.manual_seed(seed)
     trainer.model.eval()
-    with quiet(), torch.no_grad(), show.progress(len(batches), "held-out answers", "batches") as bar:
+    with quiet(), torch.no_grad(), progress(len(batches), "held-out answers", "batches") as bar:
         for batch in batches:
             trainer._prepare_inputs(batch)  # writes answers and has them judged
             bar.update()

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from kit.train.shipped import ModelError
+from kit.errors import ModelError
 
 if TYPE_CHECKING:
     from kit.train.setup import Setup

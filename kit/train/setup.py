@@ -23,13 +23,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from kit.errors import ModelError
 from kit.params import FinetuneSft, Training, Tuning
 from kit.params.fit import Fit
 from kit.train import dry, load, settings
 from kit.train import machine as machines
 from kit.train.machine import Machine
 from kit.train.methods import METHODS, adapter_config, base_quantization
-from kit.train.shipped import ModelError
 
 
 @dataclass(frozen=True)
