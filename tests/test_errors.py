@@ -30,6 +30,18 @@ def test_every_error_of_the_kit_is_on_the_page():
     assert found == {("kit/errors.py", name) for name in FAMILY} | SIGNALS
 
 
+def test_each_is_imported_from_there_only():
+    elsewhere = []
+    for path, tree in parsed():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module != "kit.errors":
+                elsewhere += [(path, name.name) for name in node.names if name.name in FAMILY]
+            # polite.FetchError
+            elif isinstance(node, ast.Attribute) and node.attr in FAMILY and path.startswith("kit/"):
+                elsewhere.append((path, ast.unparse(node)))
+    assert not elsewhere
+
+
 def test_the_picture_shows_all_of_them_under_what_they_are():
     depths = {}
     above = {}
