@@ -17,7 +17,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "needs Python 3.11 or newer: make PYTHON=python3.11 …"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt -e '.[all,test]'
-	$(BIN)/python -m kit.train.shipped
+	$(BIN)/python -m kit.train.models.shipped
 	@touch $@
 
 demo: install  ## the newcomer's run: the whole chain on the sample crawl
@@ -42,14 +42,14 @@ lab: install  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab notebooks
 
 notebooks: install  ## run the notebooks whose code has changed on the sample; commit their outputs, cleaned
-	$(BIN)/python -m kit.refresh notebooks
+	$(BIN)/python -m kit.maintain.refresh notebooks
 
 samples: install  ## rebuild the sample crawl, byte for byte
 	$(BIN)/python data_samples/build.py
 
 reference: install  ## after make demo: write the rates that kit estimate starts from
 	$(BIN)/kit run params/smoke.yaml -p run=tiny -p max_pages=150
-	$(BIN)/python -m kit.refresh reference
+	$(BIN)/python -m kit.maintain.refresh reference
 
 clean:
 	rm -rf .venv .cache lake

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kit import cost, pipeline, reference, report
+from kit import pipeline, report
 from kit.errors import KitError, ParamError
-from kit.lake import Lake
+from kit.estimate import reference
+from kit.estimate import table as cost
+from kit.lake.store import Lake
 from kit.params import (
     NOTEBOOKS,
     STAGES,
@@ -29,7 +31,7 @@ from kit.params import (
     validate,
 )
 from kit.show import Table, printable
-from kit.train import load
+from kit.train.models import load
 
 COMMANDS = ("run", "status", "trace", "watch", "estimate", "doctor")
 
@@ -165,7 +167,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    from kit.launch.watch import watch
+    from kit.launch.arrival.watch import watch
 
     p = for_stage(NOTEBOOKS["31_refine_on_arrival"], recipe_values(args))
     print(f"watching raw/{p.run}/ of {p.lake}", flush=True)
@@ -208,12 +210,12 @@ def _estimate(args: argparse.Namespace) -> int:
 
 def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
     """Stage 60 on several GPUs under each parallel strategy: a table of memory, one of time, the model they follow."""
-    from kit.train import plan, scaling
-    from kit.train.machine import GPUS
-    from kit.train.setup import resolve
+    from kit.train.plan import fit, scaling
+    from kit.train.plan.machine import GPUS
+    from kit.train.plan.setup import resolve
 
     machine, ranks = GPUS[args.gpu.lower()], args.gpus * args.nodes
-    work, reached = scaling.work_of(resolve(p, machine=machine)), plan.EFFICIENCY["gpu"]
+    work, reached = scaling.work_of(resolve(p, machine=machine)), fit.EFFICIENCY["gpu"]
     inside, between = scaling.GB_PER_S[args.gpu.lower()], args.network_gbps / 8
     links = scaling.Links(inside, between, machine.flops_per_s * reached, args.gpus)
     # groups within a node, as large as the model's heads allow
@@ -256,7 +258,7 @@ def _pages(values: dict[str, Any]) -> tuple[int, str]:
     if far and not (p.archive_paths or p.domains or p.index_files):
         crawl = for_stage(NOTEBOOKS["81_benchmark_data"], values).crawl_pages
         return crawl, "pages at most, the whole crawl (crawl_pages)"
-    from kit.data.index import Index
+    from kit.data.select.index import Index
 
     return Index(p).reasons()["kept"], "pages selected"
 
@@ -269,8 +271,8 @@ def _planned(
     usual = [cost.measured_by_reference(p) for p in stages]
     if not gpu and all(usual):
         return {}, []
-    from kit.train import machine as machines
-    from kit.train import plan
+    from kit.train.plan import fit
+    from kit.train.plan import machine as machines
 
     known_gpus = list(machines.GPUS)
     if gpu and gpu.lower() not in known_gpus:
@@ -279,7 +281,7 @@ def _planned(
     for p, known in zip(stages, usual, strict=True):
         here = None if gpu else machines.this_machine(load.pick_dtype(p.dtype))
         machine = here or machines.GPUS[gpu.lower()]
-        made, wrong = plan.foresee(p, machine)
+        made, wrong = fit.foresee(p, machine)
         if made and (gpu or not known):
             found[p.stage] = (made.seconds, made.memory_mb, f"plan for {machine.name}")
             warnings += [f"{p.stage}: {wrong}"] if wrong else []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kit import ROOT, process
 from kit.errors import KitError
-from kit.lake import Counts, Lake, Manifest
+from kit.lake.store import Counts, Lake, Manifest
 from kit.params import StartHere
 
 
@@ -58,7 +58,7 @@ def _disk() -> Finding:
 def _java() -> Finding:
     if not util.find_spec("pyspark"):
         return Finding("Spark", "not installed", False, "20, 30, 40 need: pip install -e '.[data]'")
-    from kit.data.spark import java_home, java_version
+    from kit.data.engine.spark import java_home, java_version
 
     try:
         home = java_home()
@@ -71,12 +71,12 @@ def _java() -> Finding:
 def _model() -> Finding:
     if not util.find_spec("torch"):
         return Finding("torch", "not installed", False, "60 to 90 need: pip install -e '.[train]'")
-    from kit.train.shipped import PACKAGES
+    from kit.train.models.shipped import PACKAGES
 
     ok = all(package.here for package in PACKAGES.values())
     return Finding(
         "shipped models", ", ".join(p.folder for p in PACKAGES.values() if p.here) or "not fetched", ok,
-        "60 to 90 run offline" if ok else "fetch them with: python -m kit.train.shipped",
+        "60 to 90 run offline" if ok else "fetch them with: python -m kit.train.models.shipped",
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ class FetchError(KitError, OSError):
     """Bytes that could not be had.
 
     `reason` is the short name to count. `again` says whether to try again now, None: the reason decides
-    (`kit.data.polite.may_retry`); `wait_s` is the least wait before that.
+    (`kit.data.read.polite.may_retry`); `wait_s` is the least wait before that.
     """
 
     def __init__(self, reason: str, uri: str = "", again: bool | None = None, wait_s: float = 0) -> None:

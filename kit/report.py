@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from kit.lake import Lake, Manifest, explained, losses
+from kit.lake.store import Lake, Manifest, explained, losses
 from kit.pipeline import State
 from kit.show import Table, escape, lines, page
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 from support import kit
 
 from kit import ROOT
-from kit.lake import Lake
+from kit.lake.store import Lake
 from kit.params import BuildDatasets, Deduplicate, ExploreIndex, ExtractText, RefineText
 
 # two test processes share two cores; whatever they start inherits it
@@ -133,11 +133,11 @@ def data_lake(chain: Chain) -> Lake:
 
 def run_data_stages(lake: Lake, run: str, until: str = "50", **values) -> None:
     """Stages 10–50 (or up to `until`) in this process; each stage takes those of `values` that it knows."""
-    from kit.data.datasets import build_datasets
-    from kit.data.dedup import deduplicate
-    from kit.data.extract import extract_text
-    from kit.data.index import explore_index
-    from kit.data.refine import refine_documents
+    from kit.data.datasets.datasets import build_datasets
+    from kit.data.dedup.dedup import deduplicate
+    from kit.data.extract.extract import extract_text
+    from kit.data.refine.refine import refine_documents
+    from kit.data.select.index import explore_index
 
     steps = (
         (ExploreIndex, explore_index),

@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import run_data_stages
-from support import KIT, bare_environment, kit
-from test_archive import record
+from support import KIT, bare_environment, kit, record
 
 from kit import ROOT
-from kit.lake import Lake
+from kit.lake.store import Lake
 from kit.params import STAGES
 
 SMOKE = str(ROOT / "params" / "smoke.yaml")

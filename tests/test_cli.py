@@ -7,7 +7,7 @@ import pytest
 
 from kit import ROOT, cli, pipeline
 from kit.cli import main, parser, recipe_values
-from kit.lake import Lake
+from kit.lake.store import Lake
 from kit.params import STAGES
 
 DEMO = str(ROOT / "params" / "demo.yaml")

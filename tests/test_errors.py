@@ -9,7 +9,7 @@ import pytest
 from kit import ROOT, errors
 
 FAMILY = {name: cls for name, cls in vars(errors).items() if inspect.isclass(cls)}
-SIGNALS = {("kit/measure/gpu_suite.py", "Skip")}
+SIGNALS = {("kit/measure/gpu/suite.py", "Skip")}
 """Exceptions that never leave the module that raises them."""
 
 

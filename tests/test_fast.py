@@ -6,17 +6,19 @@ import pytest
 import torch
 import trl.trainer.utils
 from peft import get_peft_model
-from test_models import tiny_model
-from test_sft import make_lake, sft_params
+from support import make_lake, sft_params, tiny_model
 from trl import SFTConfig
 
 from kit.errors import ModelError
 from kit.params import FinetuneSft
-from kit.train import load, meter, plan, settings, sft
-from kit.train.machine import Machine
-from kit.train.methods import adapter_config
-from kit.train.setup import resolve
-from kit.train.sft import finetune
+from kit.train.loop import meter
+from kit.train.models import load
+from kit.train.models.methods import adapter_config
+from kit.train.plan import fit, settings
+from kit.train.plan.machine import Machine
+from kit.train.plan.setup import resolve
+from kit.train.tune import sft
+from kit.train.tune.sft import finetune
 
 
 def test_stock_is_what_trl_does_unasked(tmp_path):
@@ -117,7 +119,7 @@ def test_batch_0_is_what_the_memory_takes_and_a_killed_run_keeps_it(tmp_path, ca
     rows = found(900)
     assert 1 <= rows < 256 and rows & (rows - 1) == 0, "a power of two"
     setup = resolve(p, machine=Machine("x", 900, 1e9, 10.0, gpu=False))
-    sizes = [plan.plan(setup.with_rows(n), lengths) for n in (rows, 2 * rows)]
+    sizes = [fit.plan(setup.with_rows(n), lengths) for n in (rows, 2 * rows)]
     assert sizes[0].memory_mb <= 0.8 * 900 < sizes[1].memory_mb
     assert found(1.0) == 1, "whether one row fits is the plan's to say"
     monkeypatch.setattr(sft, "PASS_TOKENS", 160)

@@ -11,13 +11,13 @@ from kit import ROOT
 FLOORS = (
     ("kit", "kit.errors"),
     ("kit.params",),
-    ("kit.lake",),
-    ("kit.reference",),
-    ("kit.cost", "kit.process", "kit.progress"),
+    ("kit.lake.store",),
+    ("kit.estimate.reference",),
+    ("kit.estimate.table", "kit.process", "kit.progress"),
     ("kit.show",),
     ("kit.data", "kit.train"),
     ("kit.measure", "kit.launch"),
-    ("kit.pipeline", "kit.report", "kit.doctor", "kit.refresh"),
+    ("kit.pipeline", "kit.report", "kit.doctor", "kit.maintain.refresh"),
     ("kit.cli",),
 )
 FOREIGN = {"kit.data": {"torch", "transformers", "peft", "trl"}, "kit.train": {"pyspark", "duckdb", "warcio"}}

@@ -17,10 +17,10 @@ SAYS = """
 import json, os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from kit import doctor, process
-from kit.data import spark
-from kit.launch import watch
+from kit.data.engine import spark
+from kit.launch.arrival import watch
 from kit.params import Cores, RefineOnArrival
-from kit.train import load
+from kit.train.models import load
 os.cpu_count = lambda: 64  # what the machine has, not what this process may use
 print(json.dumps({
     "doctor": doctor._cores().means,
@@ -115,7 +115,7 @@ def test_more_in_use_than_the_limit_is_nothing_free(groups) -> None:
 def test_doctor_and_plan_see_the_limit_of_a_container(groups, monkeypatch) -> None:
     import torch
 
-    from kit.train import machine
+    from kit.train.plan import machine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(machine, "machine_peak", lambda dtype: 1.0)

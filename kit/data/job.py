@@ -9,7 +9,7 @@
     python -m kit.data.job --job my_job.py --archives archives.txt --base s3://commoncrawl --out s3://bucket/lake
     spark-submit --master spark://host:7077 --py-files kit.zip kit/data/job.py --job my_job.py …
 
-`record(r)` takes a `kit.data.record.Record` and gives a row (a dict), rows, or None. `COUNT_BY = ["column"]` in
+`record(r)` takes a `kit.data.read.record.Record` and gives a row (a dict), rows, or None. `COUNT_BY = ["column"]` in
 place of `SCHEMA` counts rows by columns. A record whose function fails is counted by the error's name; not
 bounded is the time it may take.
 """
@@ -32,12 +32,12 @@ import fsspec
 import pyarrow as pa
 
 from kit import resolve
-from kit.data import archive
-from kit.data.archive import Record
-from kit.data.rate import run_at_rate
-from kit.data.spark import plan
+from kit.data.engine.spark import plan
+from kit.data.read import archive
+from kit.data.read.archive import Record
+from kit.data.read.rate import run_at_rate
 from kit.errors import JobError, KitError, RecordError
-from kit.lake import Account, Counts, Lake, Manifest
+from kit.lake.store import Account, Counts, Lake, Manifest
 from kit.params import WriteYourOwnJob
 
 MAX_TOLD = 100

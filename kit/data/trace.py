@@ -12,12 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from kit import resolve
-from kit.data import archive, pii, rows
-from kit.data.extract import open_archive
-from kit.data.page import decode
-from kit.data.refine import REFINED
+from kit.data.extract.extract import open_archive
+from kit.data.extract.page import decode
+from kit.data.read import archive, rows
+from kit.data.refine import pii
+from kit.data.refine.refine import REFINED
 from kit.errors import LakeError, RecordError
-from kit.lake import Lake, Manifest
+from kit.lake.store import Lake, Manifest
 from kit.show import printable
 
 PLACEHOLDER = re.compile("|".join(f"<{kind.upper()}>" for kind in pii.TYPES))

@@ -10,10 +10,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from kit.data.questions import archives_query, count_query, find_query, reasons_query, select_query, text
-from kit.data.table import athena_usd
+from kit.data.select.questions import (
+    archives_query,
+    count_query,
+    find_query,
+    reasons_query,
+    select_query,
+    text,
+)
+from kit.data.select.table import athena_usd
 from kit.errors import AthenaError, ParamError
-from kit.lake import Counts, Lake, Manifest
+from kit.lake.store import Counts, Lake, Manifest
 from kit.params import ExploreIndex, QueryWithAthena
 
 COMMON_CRAWL = "s3://commoncrawl/cc-index/table/cc-main/warc"

@@ -11,7 +11,7 @@ from kit.params.stage import PATH, Stage, Strings
 
 Method = Literal["full", "lora", "qlora", "dora", "prompt", "ptuning", "prefix"]
 METHODS = get_args(Method)
-"""Ways to tune a model; `kit.train.methods` says what each of them is."""
+"""Ways to tune a model; `kit.train.models.methods` says what each of them is."""
 Quantization = Literal["auto", "none", "int8", "nf4", "nf4_double"]
 DType = Literal["auto", "float32", "bfloat16"]
 PASS_TOKENS = 16_384
@@ -424,7 +424,7 @@ class BenchmarkTraining(Training):
             "max_tokens=32 sft_batch_size=1",
             "stock",
         ],
-        description="cells: words name=value of 60 or kit.train.settings, a|b for each of them, kit, stock (TRL's own)",
+        description="cells: words name=value of 60 or kit.train.plan.settings, a|b for each of them, kit, stock (TRL's own)",
     )
     grid_layers: int = Field(
         4, description="the first layers of base_model that the grid trains, 0 = all", ge=0

@@ -7,7 +7,7 @@ import json
 import re
 from urllib.parse import urlsplit
 
-from kit.data.page import decode, reviews_of
+from kit.data.extract.page import decode, reviews_of
 
 SITE = "www.reelnotes.example"
 SCHEMA = {"film": "string", "rating": "double", "rating_max": "double", "review": "string", "url": "string"}

@@ -1,0 +1,1 @@
+"""Find copies and lines that a site repeats (40)."""

@@ -1,0 +1,1 @@
+"""Run the stages of the data half: Spark, and a child process that may be killed."""

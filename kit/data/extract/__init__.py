@@ -1,0 +1,1 @@
+"""Extract a document from a page (20)."""

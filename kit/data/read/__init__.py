@@ -1,0 +1,1 @@
+"""Read archives and files of rows, near or far: records, pages, their charset."""

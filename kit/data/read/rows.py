@@ -1,0 +1,259 @@
+"""Reviews that a person brings as CSV, TSV, text or JSON Lines: where each row lies, and the document it becomes.
+
+To the chain a row is what a record of an archive is, bytes at an offset of a file, so ids, accounts and the way
+back need nothing of their own. CSV is read as Python's csv module and Spark do (RFC 4180, any line end).
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from kit.data.extract import blocks
+from kit.data.extract.page import decode
+from kit.data.read.archive import ROWS, Damage, Entry, Page, opened
+from kit.data.read.record import sha1
+from kit.data.read.unpack import Break, Piece, pieces
+from kit.data.select.questions import host_of
+from kit.errors import ArchiveError, RecordError
+
+WRAPPINGS = ROW, PACKED = "row", "row stream"
+"""Wrappings of a row: its offset counts bytes of the file, or of what the file unpacks to."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_ROW, HEAD_BYTES = 4 << 20, 1 << 18
+"""Longest row, and how much of a file is looked at for its columns and its ratings."""
+LINE_END = rb"(?:\r\n|\n|\r(?!\Z))"
+LINE = re.compile(rb"[^\r\n]*+" + LINE_END)
+ONE_LINE = rb'"[^"\r\n]*+(?:""[^"\r\n]*+)*+"[^D\r\n]*+'
+MORE_LINES = rb'"[^"]*+(?:""[^"]*+)*+" *+(?=[D\r\n])'
+FIELD = rb"(?:" + ONE_LINE + b"|" + MORE_LINES + rb'|[^"D\r\n][^D\r\n]*+)?+'
+"""A field before a delimiter D. As in the csv module, only its first sign can be an opening quote, and what follows
+the closing one on the same line is text, too; over several lines it means that the first was never to open."""
+TAG = re.compile(r"</?(?:br|p|div|b|i|u|em|strong|a|ul|ol|li|span|h[1-6])\b[^<>]{0,500}>", re.IGNORECASE)
+NAMES = {
+    "text": "text reviewtext reviewbody review body content comment comments verifiedreviews",
+    "rating": "rating starrating stars score overall reviewrating sentiment label polarity",
+    "item": "movietitle movie filmtitle film producttitle productname product item parentasin asin title",
+    "title": "reviewtitle reviewheadline headline summary subject title",
+    "site": "site source host domain",
+    "helpful": "helpfulvotes helpfulvote helpful",
+    "votes": "totalvotes totalvote votes",
+}
+"""Usual names of columns, the surest first, without case and signs: `Review Text` and `review_text` are one."""
+STARS = {"positive": 5.0, "pos": 5.0, "neutral": 3.0, "negative": 1.0, "neg": 1.0}
+csv.field_size_limit(MAX_ROW)
+
+
+class Layout(NamedTuple):
+    """What a file says of its rows: `csv`, `jsonl` or `txt`, a CSV's delimiter and columns, the best rating."""
+
+    kind: str
+    delimiter: str = ","
+    columns: tuple[str, ...] = ()
+    rating_max: float = 5.0
+
+
+def scan(path: str, name: str) -> Iterator[Entry | Damage]:
+    """The rows of a file, whose identity is `name`, as rows of the index; raises `ArchiveError`."""
+    file_layout = layout(path)
+    breaks: list[Break] = []
+    n_rows = 0
+    with opened(path) as f:
+        source, _, packed = pieces(f)
+        rows = split(_unpacked(source, breaks), file_layout)
+        if file_layout.kind == "csv":
+            next(rows, None)  # the names of the columns
+        wrapping = PACKED if packed else ROW
+        # the file is the host, so that it is a site; no fragment, for that would not tell pages apart
+        site = f"file://{quote(name, safe='').lower()}/"
+        for offset, data, reason in rows:
+            n_rows += 1
+            if reason:
+                yield Damage(name, offset, len(data), wrapping, reason)
+                continue
+            yield Entry(
+                warc_filename=name,
+                warc_record_offset=offset,
+                warc_record_length=len(data),
+                wrapping=wrapping,
+                record_type="resource",
+                url=f"{site}{offset}",
+                fetch_time=None,
+                fetch_status=200,
+                content_mime_detected="text/plain",
+                content_digest=sha1(data),
+                content_truncated=None,
+            )
+    for broken in breaks:
+        yield Damage(name, broken.offset, broken.end - broken.offset, "member", broken.reason)
+    if not n_rows and not breaks:
+        yield Damage(name, 0, 0, ROW, "no row in file")
+
+
+def _unpacked(source: Iterable[Piece], breaks: list[Break]) -> Iterator[bytes]:
+    """The bytes of pieces, those before a break included; the breaks are put into `breaks`."""
+    for piece in source:
+        if piece.broken:
+            breaks.append(piece.broken)
+        yield piece.data
+
+
+def split(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, str | None]]:
+    """Offset and bytes of each row, its line end left off, and None, or why it is none; blank lines are skipped.
+
+    `MAX_ROW` and two chunks are in memory at most. A quote that is not closed, or not at the end of a field, costs
+    its own line, and reading goes on at the next; of a line that is too long the beginning is told.
+    """
+    row = _row_pattern(told)
+    source = iter(chunks)
+    window, start = b"", 0  # unpacked bytes from the `start`-th on, …
+    position = 0  # … of which those before this one are done
+    at_end = False
+    too_long: tuple[int, bytes] | None = None  # offset and beginning of a row whose end is still looked for
+    while True:
+        match = (LINE if too_long else row).match(window, position)
+        reason = None
+        if not match and not too_long and (at_end or len(window) - position > MAX_ROW):
+            if position == len(window):
+                return
+            # no row, however much more comes: a quote in its first line is never closed
+            match = LINE.match(window, position)
+            reason = "unclosed quote"
+            if not match:
+                too_long = start + position, window[position : position + MAX_ROW]
+        if match:
+            data = match[0].rstrip(b"\r\n")
+            if too_long:
+                yield *too_long, "row too long"
+            elif len(data) > MAX_ROW:
+                yield start + position, data, "row too long"
+            elif data:
+                yield start + position, data, reason
+            too_long = None
+            position = match.end()
+        else:
+            if too_long:
+                position = len(window) - 1  # the last byte may be half of a line end
+            chunk = next(source, None)
+            at_end = chunk is None
+            # the last row has a line end, too, so that the pattern fits it
+            window = window[position:] + (b"\n" if at_end else chunk)
+            start += position
+            position = len(BYTE_ORDER_MARK) if start == 0 and window.startswith(BYTE_ORDER_MARK) else 0
+
+
+def _row_pattern(told: Layout) -> re.Pattern[bytes]:
+    """What a whole row looks like, its line end included: in a CSV it may go over several lines."""
+    if told.kind != "csv":
+        return LINE
+    delimiter = re.escape(told.delimiter.encode())
+    return re.compile((FIELD + rb"(?:D" + FIELD + rb")*+" + LINE_END).replace(b"D", delimiter))
+
+
+def layout(uri: str, rating_column: str = "") -> Layout:
+    """What a file's beginning says; a rating above 5 means a scale up to 10, or 100. Raises `ArchiveError`."""
+    with opened(uri) as f:
+        source, head = pieces(f)[0], b""
+        while len(head) < HEAD_BYTES and (piece := next(source, None)):
+            head += piece.data
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ArchiveError(f"'{uri}' is UTF-16: save it as UTF-8")
+    kind = ROWS.search(uri)[1].lower()
+    told = Layout({"tsv": "csv", "ndjson": "jsonl"}.get(kind, kind))
+    if told.kind == "csv":
+        names = re.sub(rb'"[^"]*"', b"", LINE.match(head.lstrip() + b"\n")[0]).decode("latin-1")
+        told = told._replace(delimiter="\t" if kind == "tsv" else max(",;\t|", key=names.count))
+    lines = [decode(data, None)[0] for _, data, reason in split([head], told) if not reason]
+    if told.kind == "csv" and lines:
+        told = told._replace(columns=tuple(map(_key, _cells(lines.pop(0), told))))
+    best = 5.0
+    for line in lines:
+        with suppress(RecordError):
+            best = max(best, _rating(_fields(line, told), rating_column, told)[0] or 0)
+    return told._replace(rating_max=next((m for m in (5.0, 10.0, 100.0) if best <= m), best))
+
+
+def page(raw: bytes, url: str) -> Page:
+    """A row as a page, to be verified like any other."""
+    return Page(url, "resource", 200, "text/plain", None, None, raw, (sha1(raw),) * 2, None)
+
+
+def document(text: str, told: Layout, text_column: str = "", rating_column: str = "") -> dict[str, Any]:
+    """`title`, `text`, `reviews` and, where the row names a site, `host`; raises `RecordError`.
+
+    Columns have their usual names (`NAMES`) or are named. A row with a rating or an item is a review of one that
+    may be unknown.
+    """
+    row, wanted = _fields(text, told), _key(text_column) or NAMES["text"]
+    if not set(wanted.split()) & set(row):
+        raise RecordError(f"no column '{text_column or 'text'}': see text_column")
+    body, title, item = (_plain(_first(row, x)) for x in (wanted, NAMES["title"], NAMES["item"]))
+    rating, best = _rating(row, rating_column, told)
+    # of two columns, or [1, 2] in one, as Amazon had it
+    counts = re.findall(r"\d{1,9}", " ".join(_first(row, NAMES[x]) for x in ("helpful", "votes")))
+    helpful, votes = map(int, counts[:2]) if len(counts) > 1 else (None, None)
+    site = _first(row, NAMES["site"])
+    review = {
+        "item": item, "item_type": "", "rating": rating, "rating_max": best, "title": title, "body": body,
+        "helpful": helpful, "votes": votes,
+    }  # fmt: skip
+    found = {"title": title, "text": body, "reviews": [review] if item or rating is not None else []}
+    return found | ({"host": host_of(site) or site} if site else {})
+
+
+def _first(row: dict[str, str], names: str) -> str:
+    return next((row[c] for c in names.split() if row.get(c)), "")
+
+
+def _fields(line: str, told: Layout) -> dict[str, str]:
+    """A row's values by column; raises `RecordError` where it is no row of its file."""
+    if told.kind == "txt":
+        return {"text": line}
+    if told.kind == "csv":
+        cells = _cells(line, told)
+        if any(cells[len(told.columns) :]):
+            raise RecordError("more fields than columns")
+        return dict(zip(told.columns, cells, strict=False))
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise RecordError("not a JSON object")
+    texts = {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in found.items()}
+    # without the halves of surrogate pairs that JSON can hold and Parquet cannot
+    return {_key(k): v.encode("utf-8", "ignore").decode() for k, v in texts.items()}
+
+
+def _cells(line: str, told: Layout) -> list[str]:
+    return next(csv.reader(io.StringIO(line, newline=""), delimiter=told.delimiter), [])
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).casefold()
+
+
+def _rating(row: dict[str, str], rating_column: str, told: Layout) -> tuple[float | None, float]:
+    """The rating (`4`, `4,5`, `7/10` or one of `STARS`) or None, and the best that can be."""
+    value = _first(row, _key(rating_column) or NAMES["rating"]).strip().casefold()
+    if value in STARS:
+        return STARS[value], 5.0
+    number = re.match(r"(\d{1,9}(?:[.,]\d+)?)(?: ?/ ?(\d{1,9}))?", value)
+    if not number:
+        return None, told.rating_max
+    rating = float(number[1].replace(",", "."))
+    return rating, max(rating, float(number[2] or told.rating_max))
+
+
+def _plain(text: str) -> str:
+    """Text without the mark-up that reviews are often stored with."""
+    if TAG.search(text):
+        return blocks.all_text(blocks.walk(blocks.parse(text))).strip()
+    return (html.unescape(text) if "&" in text else text).strip()

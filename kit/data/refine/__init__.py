@@ -1,0 +1,1 @@
+"""Refine documents: tags, masks, features, verdicts (30)."""

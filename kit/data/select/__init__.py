@@ -1,0 +1,1 @@
+"""Select captures from a crawl's index (10, 11)."""

@@ -1,0 +1,1 @@
+"""Look at a text: its words, its language."""

@@ -1,0 +1,1 @@
+"""Estimate what a run will take: seconds, memory and dollars."""

@@ -1,0 +1,1 @@
+"""Keep what stages make: parts and one manifest, whose writing is the commit."""

@@ -1,0 +1,1 @@
+"""Refine a file when it lands (31)."""

@@ -1,0 +1,1 @@
+"""Compare what models write (90)."""

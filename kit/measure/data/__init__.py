@@ -1,0 +1,1 @@
+"""Measure the data half beside its peers (81)."""

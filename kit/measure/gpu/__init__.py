@@ -1,0 +1,1 @@
+"""Measure on a GPU machine with nothing else on it."""

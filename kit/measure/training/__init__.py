@@ -1,0 +1,1 @@
+"""Measure training: settings, methods, what each costs (61, 80)."""

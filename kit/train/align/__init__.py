@@ -1,0 +1,1 @@
+"""Align a model with preferences (70 to 72)."""

@@ -1,0 +1,1 @@
+"""Encode rows: tokens, what counts in the loss, batches."""

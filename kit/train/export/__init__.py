@@ -1,0 +1,1 @@
+"""Merge and export what was trained (74)."""

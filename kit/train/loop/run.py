@@ -1,0 +1,184 @@
+"""One training from its first step, or its last whole checkpoint, to what is told of it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import trl.trainer.utils
+from safetensors import SafetensorError
+
+from kit import ROOT
+from kit.errors import ModelError
+from kit.lake.store import Lake, StageWriter, code_identity
+from kit.progress import progress
+from kit.train.loop.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
+from kit.train.models.describe import computes_in, describe
+from kit.train.plan import settings
+from kit.train.plan.flops import model_flops, peak_of
+from kit.train.plan.machine import machine_peak
+
+
+@contextlib.contextmanager
+def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
+    """Where a run keeps its checkpoints and log while it trains.
+
+    With `keep`, a folder named after the work (parameters, inputs, code) beside the stage, or under `.cache` for a
+    lake that is no folder: a killed run finds it again, another run does not. It goes when the run succeeds.
+    """
+    with tempfile.TemporaryDirectory(prefix="kit-train-") as temp:
+        if not keep:
+            yield Path(temp)
+            return
+        content = [(i.uri, i.content_sha256) for i in out.inputs]
+        code = code_identity(out.p.stage)["source_sha256"]
+        key = hashlib.sha256(json.dumps([out.p.identity(), content, code]).encode()).hexdigest()[:12]
+        base = Path(lake.root) if lake.uri == lake.root else ROOT / ".cache" / "work"
+        folder = base / "models" / out.p.run / "_work" / f"{out.p.stage}-{key}"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        for old in folder.parent.glob(f"{out.p.stage}-*"):  # of other parameters or code, too
+            shutil.rmtree(old)
+
+
+def run(trainer: Any, label: str) -> dict[str, Any]:
+    """Train, from the last whole checkpoint in the trainer's folder where there is one.
+
+    Returns losses, tokens, seconds, tokens/s, peak memory, FLOPs per token and what really ran; of a run that
+    was killed and went on, all steps. Raises `ModelError` when a loss is not finite or the disk is full: the last
+    whole checkpoint stays.
+    """
+    folder = Path(trainer.args.output_dir)
+    last = last_checkpoint(folder)
+    done = int(last.name.rpartition("-")[2]) if last else 0
+    trainer.step_now = {}
+    trainer.meter = resume_meter(folder, done)
+    trainer.counted = model_flops(trainer.model)
+    peak_rate = machine_peak(ran_in(trainer))
+    if done:
+        print(f"{label}: goes on after step {done} of {trainer.args.max_steps}, from {last.name}")
+    recipe = getattr(trainer.model, "recipe", None) or settings.STOCK
+    with (
+        quiet(recipe["loss_tile"]),
+        settings.prepared(trainer.model, recipe),
+        progress(trainer.args.max_steps, label, "steps") as bar,
+        peak_memory() as peak,
+    ):
+        trainer.add_callback(Live(trainer, bar, peak_rate))
+        try:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not no_space(error):
+                raise
+            raise disk_full(trainer.state.global_step, last_checkpoint(folder)) from None
+    return measured(trainer, peak_rate) | {
+        "peak_rss_mb": peak["mb"],
+        "resumed_at": done,
+        "trainable": describe(trainer.model)["trainable"],
+        "what_ran": what_ran(trainer),
+    }
+
+
+def disk_full(step: int, whole: Path | None) -> ModelError:
+    """The error of a run that could not save `step`: which checkpoint it can go on from."""
+    kept = f"{whole.name} is whole: make room and run again" if whole else "no checkpoint was whole yet"
+    return ModelError(f"the disk is full, while saving step {step}; {kept}")
+
+
+def measured(trainer: Any, peak_rate: float) -> dict[str, Any]:
+    """What the meter of a training adds up to, over all its steps; `peak_rate`: FLOP/s that the machine can reach."""
+    total = {key: sum(step[key] for step in trainer.meter) for key in SUMMED}
+    seconds = sum(step["seconds"] for step in trainer.meter)
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        **total,
+        "padding_share": round(1 - total["tokens"] / total["padded_tokens"], 4),
+        "train_seconds": round(seconds, 3),
+        "seconds_a_step": {
+            part: round(sum(step[f"{part}_seconds"] for step in trainer.meter) / len(trainer.meter), 4)
+            for part in (*PARTS, "idle")
+        },
+        "tokens_per_s": round(total["tokens"] / seconds, 2),
+        "flops_per_token": total["flops"] / total["tokens"],
+        "flops_convention": trainer.counted.convention,
+        "mfu": round(total["flops"] / seconds / peak_rate, 4),
+        "peak_flops_per_s": peak_rate,
+        "datasheet_flops_per_s": datasheet_peak(ran_in(trainer)),
+    }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint in `folder` that was written to its end."""
+    whole = [f.parent for f in folder.glob(f"checkpoint-*/{WHOLE}")]
+    return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
+
+
+def no_space(error: BaseException) -> bool:
+    """Whether an error, or what it came from, says that the disk is full."""
+    chain = [error, error.__cause__, error.__context__]
+    full = {errno.ENOSPC, errno.EDQUOT}
+    return any(getattr(e, "errno", None) in full or "No space left" in str(e) for e in chain if e)
+
+
+def ran_in(trainer: Any) -> str:
+    """The type that the matmuls compute in: autocast's where it is on."""
+    return "bfloat16" if trainer.args.bf16 else computes_in(trainer.model)
+
+
+def datasheet_peak(dtype: str) -> float | None:
+    """What the GPU's data sheet says it computes in `dtype`, dense; None for a CPU and a GPU that is not in the table."""
+    return peak_of(torch.cuda.get_device_name(), dtype) if torch.cuda.is_available() else None
+
+
+def what_ran(trainer: Any) -> dict[str, Any]:
+    """What a person would otherwise have to believe."""
+    return {
+        **describe(trainer.model),
+        "computes_in": ran_in(trainer),
+        "optimizer": optimizer_name(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
+        "trainer": next(c.__name__ for c in type(trainer).__mro__ if c.__module__.startswith("trl.")),
+        "autocast": "bfloat16" if trainer.args.bf16 else "none",
+        "checkpointing": bool(trainer.args.activation_checkpointing),
+        "compiled": bool(getattr(trainer.model, "recipe", settings.STOCK)["compile"]),
+        "batch": trainer.args.per_device_train_batch_size,
+        "gradient_accumulation": trainer.args.gradient_accumulation_steps,
+        "processes": trainer.args.world_size,
+        "parallelism": "none" if trainer.args.world_size == 1 else str(trainer.accelerator.distributed_type),
+    }
+
+
+def optimizer_name(optimizer: torch.optim.Optimizer) -> str:
+    """Its class, and where bitsandbytes keeps its state in fewer bits, in how many."""
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", 32)
+    return type(optimizer).__name__ + (f" {bits}bit" if bits != 32 else "")
+
+
+@contextlib.contextmanager
+def quiet(loss_tile: int = 0) -> Iterator[None]:
+    """Keep the libraries' bars and prints out of notebooks; set the tile of TRL's loss, in vocabulary entries."""
+    from transformers import trainer as hf_trainer
+
+    tile = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    shown = hf_trainer.PrinterCallback.on_log
+    datasets.disable_progress_bars()
+    trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = loss_tile or (
+        tile if torch.cuda.is_available() else settings.CPU_TILE
+    )
+    hf_trainer.PrinterCallback.on_log = lambda *args, **kwargs: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = tile
+        hf_trainer.PrinterCallback.on_log = shown

@@ -1,0 +1,1 @@
+"""Load, describe, adapt and save models."""

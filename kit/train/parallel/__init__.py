@@ -1,0 +1,1 @@
+"""Train one classifier on several processes (63)."""

@@ -1,0 +1,1 @@
+"""Plan a training run: does it fit, how long will it take."""

@@ -1,0 +1,1 @@
+"""Tune a model on texts (60 to 62, 73)."""
