@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from kit import pipeline, report
 from kit.errors import KitError, ParamError
-from kit.estimate import reference
+from kit.estimate import rates, reference
 from kit.estimate import table as cost
 from kit.lake.store import Lake
 from kit.params import (
@@ -235,7 +235,7 @@ def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
         for part in ("compute", "exposed", "bubble", "step"):
             row[part] = round(getattr(made, f"{part}_seconds") * 1000, 1)
         row |= {"speed-up": round(made.speed_up, 2), "of ideal": round(made.efficiency, 2)}
-        usd = cost.usd_per_million(made.step_seconds, work.tokens, p.usd_per_hour * n / args.gpus)
+        usd = rates.usd_per_million(made.step_seconds, work.tokens, p.usd_per_hour * n / args.gpus)
         row |= {"tokens/s": work.tokens / made.step_seconds, "$/M": f"{usd:.4f}"}
         steps += [row] if not made.why_not else []
     which = f"{args.nodes} × {args.gpus} {machine.name}"
@@ -268,7 +268,7 @@ def _planned(
 ) -> tuple[dict[str, tuple[float, float, str]], list[str]]:
     """(seconds, MB, from what) of training stages that the reference run says nothing of; which of them do not fit."""
     stages = [for_stage(cls, values) for cls in STAGES.values() if issubclass(cls, Training)]
-    usual = [cost.measured_by_reference(p) for p in stages]
+    usual = [rates.measured_by_reference(p) for p in stages]
     if not gpu and all(usual):
         return {}, []
     from kit.train.plan import fit

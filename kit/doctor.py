@@ -13,7 +13,8 @@ from pathlib import Path
 
 from kit import ROOT, process
 from kit.errors import KitError
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import StartHere
 
 

@@ -19,7 +19,10 @@ from typing import Any
 
 from kit import ROOT, process
 from kit.errors import LakeError, ParamError, StageFailed
-from kit.lake.store import Input, Lake, Manifest, code_identity, explained, fingerprint, losses
+from kit.lake.code import code_identity
+from kit.lake.files import explained, fingerprint
+from kit.lake.manifest import Input, Manifest, losses
+from kit.lake.store import Lake
 from kit.params import NOTEBOOKS, STAGES, Stage, for_stage, nearest
 from kit.progress import PROGRESS_FILE
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from kit.lake.store import Lake, Manifest, explained, losses
+from kit.lake.files import explained
+from kit.lake.manifest import Manifest, losses
+from kit.lake.store import Lake
 from kit.pipeline import State
 from kit.show import Table, escape, lines, page
 

@@ -24,7 +24,8 @@ import pyarrow as pa
 import pytest
 
 from kit import ROOT, params
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import RefineText
 
 KIT = [sys.executable, "-m", "kit.cli"]

@@ -24,7 +24,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from kit import ROOT, params
-from kit.lake.store import source_sha256
+from kit.lake.code import source_sha256
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # a machine's own paths and hosts have no business in a committed output

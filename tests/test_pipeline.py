@@ -6,7 +6,8 @@ import pytest
 
 from kit import pipeline, report
 from kit.errors import ParamError, StageFailed
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import STAGES, for_stage
 from kit.pipeline import pick, run_stage, states
 
@@ -138,7 +139,8 @@ def test_the_report_of_a_run_is_a_page(lake):
 
 
 COMMITS = """
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import ExploreIndex
 
 p = ExploreIndex.from_cell({"run": run, "lake": lake})

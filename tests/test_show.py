@@ -4,7 +4,7 @@ import matplotlib
 import pytest
 
 from kit import show
-from kit.lake.store import Counts
+from kit.lake.manifest import Counts
 from kit.progress import PROGRESS_FILE, progress
 
 matplotlib.use("Agg")

@@ -37,7 +37,8 @@ from kit.data.read import archive
 from kit.data.read.archive import Record
 from kit.data.read.rate import run_at_rate
 from kit.errors import JobError, KitError, RecordError
-from kit.lake.store import Account, Counts, Lake, Manifest
+from kit.lake.manifest import Account, Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import WriteYourOwnJob
 
 MAX_TOLD = 100

@@ -13,12 +13,13 @@ import pyarrow.dataset as ds
 
 from kit import resolve
 from kit.data.extract.extract import open_archive
-from kit.data.extract.page import decode
 from kit.data.read import archive, rows
+from kit.data.read.charset import decode
 from kit.data.refine import pii
 from kit.data.refine.refine import REFINED
 from kit.errors import LakeError, RecordError
-from kit.lake.store import Lake, Manifest
+from kit.lake.manifest import Manifest
+from kit.lake.store import Lake
 from kit.show import printable
 
 PLACEHOLDER = re.compile("|".join(f"<{kind.upper()}>" for kind in pii.TYPES))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kit import ROOT
-from kit.lake.store import Manifest
+from kit.lake.manifest import Manifest
 
 FOLDER = ROOT / "data_samples" / "reference_runs"
 

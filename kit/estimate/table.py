@@ -8,14 +8,11 @@ date and commit).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from kit.estimate import reference
-from kit.lake.store import Manifest
-from kit.params import CompareGenerations, Cores, Stage, Training
-
-DECIDES = ("base_model", "method", "quantization", "dtype", "activation_checkpointing", "packing")
-"""Parameters without which an earlier run tells nothing about the next one's speed."""
+from kit.estimate.rates import deciding, planned_units, usd
+from kit.lake.manifest import Manifest
+from kit.params import Cores, Stage
 
 
 @dataclass(frozen=True)
@@ -28,36 +25,6 @@ class Estimate:
     memory_mb: float
     usd: float
     rate_from: str
-
-
-def usd(seconds: float, usd_per_hour: float) -> float:
-    """Price of `seconds` of a machine that costs `usd_per_hour`."""
-    return seconds / 3600 * usd_per_hour
-
-
-def usd_per_million(seconds: float, units: float, usd_per_hour: float) -> float:
-    """Dollars per million pages, rows or tokens at a rate just measured; NaN for no units."""
-    return usd(seconds, usd_per_hour) * 1e6 / units if units else float("nan")
-
-
-def planned_units(p: Stage, pages: int) -> tuple[float, str]:
-    """How much work a stage will be and in what: `pages` are those selected, training counts tokens."""
-    if trained := p.fits():
-        return sum(fit.all_tokens for fit in trained), "tokens at most"
-    if isinstance(p, CompareGenerations):  # by three models: base, tuned, aligned
-        return 3 * len(p.prompts) * p.max_new_tokens, "new tokens"
-    about_machine = isinstance(p, Training) or p.zone == "reports"
-    return (1, "machine") if about_machine else (pages, "pages")
-
-
-def measured_by_reference(p: Stage) -> bool:
-    """Whether the reference run, which was made on defaults, ran the model and the method of `p`."""
-    return deciding(p) == deciding(type(p)())
-
-
-def deciding(p: Stage) -> dict[str, Any]:
-    """Those of `DECIDES` that the stage has, with their values."""
-    return p.model_dump(include=set(DECIDES))
 
 
 def estimate(
@@ -92,22 +59,3 @@ def estimate(
         per_unit, source = per_unit * made_on / p.cores, f"reference run, {made_on} → {p.cores} cores"
     seconds = fixed + per_unit * units
     return Estimate(p.stage, work, round(seconds, 1), memory_mb, usd(seconds, p.usd_per_hour), source)
-
-
-def two_point_rates(
-    small: list[tuple[Stage, int, dict]], large: list[tuple[Stage, int, dict]]
-) -> dict[str, Any]:
-    """`{stage: {fixed_s, per_unit_s, memory_mb}}` from two runs of different size, a straight line through both.
-
-    Each item is (parameters, pages, `{"seconds", "peak_memory_mb"}` of the stage's execution).
-    """
-    rates = {}
-    for (p, few, a), (q, many, b) in zip(small, large, strict=True):
-        units = planned_units(p, few)[0], planned_units(q, many)[0]
-        slope = max(b["seconds"] - a["seconds"], 0) / (units[1] - units[0]) if units[1] > units[0] else 0.0
-        rates[q.stage] = {
-            "fixed_s": round(max(b["seconds"] - slope * units[1], 0), 2),
-            "per_unit_s": float(f"{slope:.4g}"),
-            "memory_mb": max(a["peak_memory_mb"], b["peak_memory_mb"]),
-        }
-    return rates

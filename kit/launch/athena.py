@@ -20,7 +20,8 @@ from kit.data.select.questions import (
 )
 from kit.data.select.table import athena_usd
 from kit.errors import AthenaError, ParamError
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import ExploreIndex, QueryWithAthena
 
 COMMON_CRAWL = "s3://commoncrawl/cc-index/table/cc-main/warc"

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kit import process
-from kit.estimate import reference, table
-from kit.lake.store import Lake, source_sha256
+from kit.estimate import reference
+from kit.estimate.rates import two_point_rates
+from kit.lake.code import source_sha256
+from kit.lake.store import Lake
 from kit.measure.training import compare_methods
 from kit.params import NOTEBOOKS, STAGES
 from kit.pipeline import FOLDER
@@ -76,7 +78,7 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
         ]
         found.append(stages)
     last = lake.need(large, "90_compare_generations")
-    reference.write("rates", last, machine(), {"stages": table.two_point_rates(*found)})
+    reference.write("rates", last, machine(), {"stages": two_point_rates(*found)})
 
 
 def reference_methods(run: str = "sample", name: str = "methods") -> None:

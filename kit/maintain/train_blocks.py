@@ -13,7 +13,6 @@ import argparse
 import gzip
 import hashlib
 import json
-import re
 import sys
 import time
 from collections import Counter
@@ -27,8 +26,9 @@ import lightgbm
 import numpy as np
 
 from kit.data.extract import blocks
-from kit.data.extract.page import decode
 from kit.data.read import archive
+from kit.data.read.charset import decode
+from kit.measure.data.scores import score, words
 
 FOLDS, GRAM = 5, 4
 PARAMETERS = {
@@ -48,7 +48,8 @@ PARAMETERS = {
     "verbosity": -1,
 }
 TREES = 160
-WORD = re.compile(r"\w+")
+
+
 _SECOND_LEVEL = "ac co com edu gob gov gouv govt ltd me mil net ne nom or org plc sch"
 SECOND_LEVEL = frozenset(_SECOND_LEVEL.split())
 START, END = "<!-- scores -->", "<!-- /scores -->"
@@ -66,11 +67,6 @@ class Page:
     label: np.ndarray
     weight: np.ndarray
     fold: int
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words."""
-    return WORD.findall(text.lower())
 
 
 def site(url: str) -> str:
@@ -195,33 +191,6 @@ def cross_validate(pages: list[Page], trees: int = TREES) -> list[str]:
                 texts[i] = blocks.main_text(p.blocks, model)
         print(f"fold {fold + 1} of {FOLDS}: {time.monotonic() - start:.0f} s", flush=True)
     return texts
-
-
-def score(texts: list[str], golds: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean word precision, recall and F1 over pages with full text; the same of snippets, all pages taken together."""
-    full, counts = [], Counter()
-    for text, gold in zip(texts, golds):
-        if gold.get("text"):
-            ours, theirs = Counter(words(text)), Counter(words(gold["text"]))
-            common = (ours & theirs).total()
-            full.append((_ratio(common, ours.total()), _ratio(common, theirs.total())))
-        joined = re.sub(r"\s+", " ", text)
-        for kind in ("with", "without"):
-            for snippet in gold.get(kind) or ():
-                counts[kind, re.sub(r"\s+", " ", snippet) in joined] += 1
-    found = counts["with", True]
-    p, r = _ratio(found, found + counts["without", True]), _ratio(found, found + counts["with", False])
-    mean = [sum(x) / max(1, len(full)) for x in zip(*((p, r, _f1(p, r)) for p, r in full))] or [0.0] * 3
-    names = ("word P", "word R", "word F1", "snippet P", "snippet R", "snippet F")
-    return {"pages": len(full)} | dict(zip(names, (*mean, p, r, _f1(p, r))))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _f1(p: float, r: float) -> float:
-    return _ratio(2 * p * r, p + r)
 
 
 def rivals() -> dict[str, Callable[[str], str]]:

@@ -1,6 +1,6 @@
 """From training rows to models: loading, fine-tuning, preference alignment, and what it costs in FLOPs.
 
-Stands on `kit.params`, `kit.lake`, `kit.estimate.table` and `kit.show`; imports nothing of `kit.data`, no Spark, no
+Stands on `kit.params`, `kit.lake`, `kit.estimate` and `kit.show`; imports nothing of `kit.data`, no Spark, no
 DuckDB.
 """
 

@@ -7,7 +7,8 @@ import json
 import re
 from urllib.parse import urlsplit
 
-from kit.data.extract.page import decode, reviews_of
+from kit.data.extract.reviews import reviews_of
+from kit.data.read.charset import decode
 
 SITE = "www.reelnotes.example"
 SCHEMA = {"film": "string", "rating": "double", "rating_max": "double", "review": "string", "url": "string"}

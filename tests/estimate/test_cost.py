@@ -6,7 +6,8 @@ from support import no_network
 from kit import ROOT
 from kit.cli import main
 from kit.estimate import reference, table
-from kit.lake.store import Counts, Manifest
+from kit.estimate.rates import measured_by_reference, planned_units, usd_per_million
+from kit.lake.manifest import Counts, Manifest
 from kit.params import STAGES, CompareGenerations, ExtractText, FinetuneSft
 from kit.train.models import shipped
 from kit.train.plan import machine as machines
@@ -41,18 +42,18 @@ def test_an_earlier_run_gives_the_rate_and_its_fixed_part_does_not_scale():
 
 
 def test_training_counts_tokens_and_generation_new_tokens():
-    assert table.planned_units(FinetuneSft(sft_steps=10, sft_batch_size=4, max_tokens=100), 5) == (
+    assert planned_units(FinetuneSft(sft_steps=10, sft_batch_size=4, max_tokens=100), 5) == (
         4000,
         "tokens at most",
     )
-    assert table.planned_units(CompareGenerations(prompts=["a", "b"], max_new_tokens=10), 5) == (
+    assert planned_units(CompareGenerations(prompts=["a", "b"], max_new_tokens=10), 5) == (
         60,
         "new tokens",
     )
 
 
 def test_dollars_per_million():
-    assert table.usd_per_million(3600, 1e6, 2.0) == pytest.approx(2.0)
+    assert usd_per_million(3600, 1e6, 2.0) == pytest.approx(2.0)
 
 
 def test_the_shipped_reference_covers_every_stage(monkeypatch):
@@ -63,14 +64,14 @@ def test_the_shipped_reference_covers_every_stage(monkeypatch):
 
 def test_a_step_of_several_passes_is_counted_whole():
     p = FinetuneSft(sft_steps=10, sft_batch_size=4, gradient_accumulation=3, max_tokens=100)
-    assert table.planned_units(p, 5)[0] == 12_000
+    assert planned_units(p, 5)[0] == 12_000
 
 
 def test_another_models_run_tells_nothing_and_the_plan_stands_in():
     p = FinetuneSft(base_model="big/one")
     e = table.estimate(p, 1, manifest(FinetuneSft(), 8, 30.0), (90.0, 20_000.4, "plan for X"))
     assert (e.seconds, e.memory_mb, e.rate_from) == (100.0, 20_000, "plan for X")
-    assert not table.measured_by_reference(p) and table.measured_by_reference(FinetuneSft())
+    assert not measured_by_reference(p) and measured_by_reference(FinetuneSft())
 
 
 def test_cores_that_are_named_share_the_pages():

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from kit.estimate import reference
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import ExploreIndex
 
 

@@ -11,8 +11,12 @@ import pyarrow as pa
 import pytest
 
 from kit.errors import LakeError, MissingInput, ParamError
+from kit.lake import code as code_module
 from kit.lake import store as lake_module
-from kit.lake.store import Account, Counts, Lake, fingerprint, source_sha256
+from kit.lake.code import _module_path, source_sha256
+from kit.lake.files import fingerprint
+from kit.lake.manifest import Account, Counts
+from kit.lake.store import Lake
 from kit.params import ExploreIndex, ExtractText, RefineText
 
 TABLE = pa.table({"x": [1, 2, 3]})
@@ -206,7 +210,8 @@ def test_a_full_disk_is_one_line_and_no_commit(tmp_path):
         "import resource, signal, pyarrow as pa, numpy as np\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from kit.lake import *; from kit.params import *\n"
+        "from kit.lake.files import LakeError; from kit.lake.manifest import Counts; from kit.lake.store import Lake\n"
+        "from kit.params import ExploreIndex\n"
         f"lake = Lake({str(tmp_path)!r})\n"
         "try:\n"
         "    with lake.stage(ExploreIndex(run='r')) as out:\n"
@@ -255,8 +260,9 @@ def test_source_hash_sees_code_and_not_parameters(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "kit" / "data" / "refine").mkdir(parents=True)
     (tmp_path / "kit" / "data" / "refine" / "quality.py").write_text("A = 1")
+    monkeypatch.setattr(code_module, "ROOT", tmp_path)
     monkeypatch.setattr(lake_module, "ROOT", tmp_path)
-    lake_module._module_path.cache_clear()
+    _module_path.cache_clear()
 
     def now():
         (tmp_path / "notebooks" / "10_x.ipynb").write_text(json.dumps(notebook))
@@ -267,7 +273,7 @@ def test_source_hash_sees_code_and_not_parameters(tmp_path, monkeypatch):
     assert now() == first
     (tmp_path / "kit" / "data" / "refine" / "quality.py").write_text("A = 2")
     assert now() != first
-    lake_module._module_path.cache_clear()
+    _module_path.cache_clear()
 
 
 def test_a_lake_on_s3_works_alike(s3):

@@ -5,8 +5,10 @@ import pytest
 from support import tiny_model
 
 from kit import ROOT, pipeline
-from kit.estimate import table
-from kit.lake.store import NOT_IN_CONTENT, Counts, Lake
+from kit.estimate import rates
+from kit.lake.code import NOT_IN_CONTENT
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import (
     NOTEBOOKS,
     AlignDpo,
@@ -70,9 +72,9 @@ def test_the_work_of_every_training_is_counted_and_not_of_those_with_a_known_pre
         reward_steps=10, reward_batch_size=2, reward_tokens=50, gradient_accumulation=3,
         policy_steps=4, policy_prompts=2, policy_generations=5,
     )  # fmt: skip
-    assert table.planned_units(p, 5) == (10 * 2 * 2 * 3 * 50 + 4 * 2 * 5 * 3 * 50, "tokens at most")
-    assert table.planned_units(AlignDpo(dpo_steps=4, dpo_batch_size=3, max_tokens=10), 5)[0] == 4 * 3 * 2 * 10
-    units = {name: table.planned_units(cls(), 7)[1] for name, cls in NOTEBOOKS.items()}
+    assert rates.planned_units(p, 5) == (10 * 2 * 2 * 3 * 50 + 4 * 2 * 5 * 3 * 50, "tokens at most")
+    assert rates.planned_units(AlignDpo(dpo_steps=4, dpo_batch_size=3, max_tokens=10), 5)[0] == 4 * 3 * 2 * 10
+    units = {name: rates.planned_units(cls(), 7)[1] for name, cls in NOTEBOOKS.items()}
     assert units["30_refine_text"] == units["50_build_datasets"] == "pages"
     assert units["00_start_here"] == units["80_benchmark_training"] == "machine"
 

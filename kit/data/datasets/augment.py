@@ -31,7 +31,8 @@ from pyspark.sql.types import ArrayType, StringType, StructType
 
 from kit.data.engine.spark import plan, run_tasks
 from kit.errors import KitError, ParamError
-from kit.lake.store import Account, Lake, Manifest
+from kit.lake.manifest import Account, Manifest
+from kit.lake.store import Lake
 from kit.params import AugmentText
 
 NO_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"

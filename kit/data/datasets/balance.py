@@ -35,7 +35,8 @@ from kit.data.datasets.augment import train_shares
 from kit.data.datasets.packing import Slices, best_fit, write_rows
 from kit.data.engine.spark import collect, run_tasks, session
 from kit.errors import LakeError, ParamError
-from kit.lake.store import Account, Lake, Manifest, StageWriter
+from kit.lake.manifest import Account, Manifest
+from kit.lake.store import Lake, StageWriter
 from kit.params import BalanceTokenization
 from kit.progress import progress
 

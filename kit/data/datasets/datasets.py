@@ -23,9 +23,10 @@ import pyarrow.compute as pc
 from kit.data.datasets import formats
 from kit.data.datasets.formats import FORMATS, ROW, Made, Row, fold, jsonl, row_id
 from kit.data.datasets.preferences import PAIR, build_pairs
-from kit.data.dedup.boilerplate import boilerplate_lines, without_boilerplate
+from kit.data.dedup.schema import boilerplate_lines, without_boilerplate
 from kit.errors import LakeError, ParamError
-from kit.lake.store import Account, Input, Lake, Manifest, StageWriter
+from kit.lake.manifest import Account, Input, Manifest
+from kit.lake.store import Lake, StageWriter
 from kit.params import BuildDatasets, nearest
 from kit.show import printable
 

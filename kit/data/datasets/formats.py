@@ -17,7 +17,7 @@ import fsspec
 import pyarrow as pa
 
 from kit.data.text.language import detect_language
-from kit.lake.store import Account
+from kit.lake.manifest import Account
 from kit.params import BuildDatasets
 
 Row = dict[str, Any]

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from kit.data.datasets import formats
 from kit.data.datasets.formats import Row, clean, fold, row_id
-from kit.lake.store import Account, Counts
+from kit.lake.manifest import Account, Counts
 from kit.params import BuildDatasets
 
 COLUMNS = (

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from kit.lake.store import Lake, Manifest
 from kit.params import Deduplicate
 
 LINE = np.dtype([("host", "u8"), ("line", "u8"), ("pages", "i8"), ("of_pages", "i8"), ("doc", "i8")])
@@ -70,17 +69,3 @@ def spell(pages: Iterable[Page], rows: np.ndarray) -> Iterator[dict[str, Any]]:
         for line in lines_of(text) if place in wanted else ():
             if found := wanted[place].get(code(line)):
                 yield {"host": host, "line": line, "pages": found[0], "of_pages": found[1]}
-
-
-def boilerplate_lines(lake: Lake, manifest: Manifest) -> dict[str, frozenset[str]]:
-    """The lines that each host repeats on its pages, as stage 40 found them."""
-    found = defaultdict(set)
-    if lake.paths(manifest, "boilerplate"):
-        for row in lake.table(manifest, "boilerplate", ["host", "line"]).to_pylist():
-            found[row["host"]].add(row["line"])
-    return {host: frozenset(lines) for host, lines in found.items()}
-
-
-def without_boilerplate(text: str, lines: frozenset[str]) -> str:
-    """A text without the lines that its site repeats."""
-    return "\n".join(x for x in text.split("\n") if x.strip() not in lines)

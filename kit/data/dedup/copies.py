@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from kit.data.dedup import minhash
 from kit.data.engine.spark import plan
-from kit.lake.store import Lake, PartWriter
+from kit.lake.files import PartWriter
+from kit.lake.store import Lake
 from kit.params import Deduplicate
 
 EXACT = {"url": "same URL", "payload": "same payload", "text": "same text"}

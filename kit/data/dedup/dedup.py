@@ -22,14 +22,7 @@ from pyspark.core.rdd import RDD
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from kit.data.dedup.boilerplate import (
-    LINE,
-    boilerplate_lines,
-    count_lines,
-    repeated,
-    spell,
-    without_boilerplate,
-)
+from kit.data.dedup.boilerplate import LINE, count_lines, repeated, spell
 from kit.data.dedup.copies import (
     ID,
     KEY,
@@ -50,9 +43,11 @@ from kit.data.dedup.copies import (
     verify,
 )
 from kit.data.dedup.minhash import mix
+from kit.data.dedup.schema import boilerplate_lines, without_boilerplate
 from kit.data.engine.spark import collect, plan, session
 from kit.errors import SparkError
-from kit.lake.store import Account, Lake, Manifest, Output
+from kit.lake.manifest import Account, Manifest, Output
+from kit.lake.store import Lake
 from kit.params import Deduplicate
 from kit.progress import progress
 

@@ -23,69 +23,22 @@ from selectolax.lexbor import LexborHTMLParser
 from kit import resolve
 from kit.data.engine import guard
 from kit.data.engine.spark import plan
-from kit.data.extract import blocks
+from kit.data.extract import blocks, reviews
 from kit.data.extract import page as pages
+from kit.data.extract.schema import DOCUMENT, DROPPED, FAILURE, PLACE
 from kit.data.read import archive, fetch
 from kit.data.read import rows as row_files
 from kit.data.read.archive import Page
+from kit.data.read.charset import decode
 from kit.data.read.rate import run_at_rate
 from kit.data.refine import quality
 from kit.data.text.language import detect_language
 from kit.errors import ArchiveError, LakeError, RecordError
-from kit.lake.store import Account, Lake, Manifest, Output, PartWriter, StageWriter
+from kit.lake.files import PartWriter
+from kit.lake.manifest import Account, Manifest, Output
+from kit.lake.store import Lake, StageWriter
 from kit.params import ExtractText
 
-IMAGE = pa.struct([(n, pa.string()) for n in ("src", "alt", "caption", "context")])
-LINK = pa.struct([(n, pa.string()) for n in ("url", "text")])
-REVIEW = pa.struct(
-    [
-        ("item", pa.string()),
-        ("item_type", pa.string()),
-        ("rating", pa.float32()),
-        ("rating_max", pa.float32()),
-        ("title", pa.string()),
-        ("body", pa.string()),
-        ("helpful", pa.int32()),
-        ("votes", pa.int32()),
-    ]
-)
-"""A review as schema.org marks it up; its author is left out on purpose."""
-DOCUMENT = pa.schema(
-    [
-        ("doc_id", pa.string()),
-        ("url", pa.string()),
-        ("host", pa.string()),
-        ("fetch_time", pa.timestamp("ms")),
-        ("status", pa.int16()),
-        ("mime", pa.string()),
-        ("charset", pa.string()),
-        ("language", pa.string()),
-        ("title", pa.string()),
-        ("text", pa.string()),
-        ("images", pa.list_(IMAGE)),
-        ("links", pa.list_(LINK)),
-        ("reviews", pa.list_(REVIEW)),
-        ("warc_filename", pa.string()),
-        ("warc_record_offset", pa.int64()),
-        ("warc_record_length", pa.int64()),
-        ("payload_digest", pa.string()),
-        ("truncated", pa.string()),
-        ("extractor", pa.string()),
-    ]
-)
-FAILURE = pa.schema(
-    [
-        ("url", pa.string()),
-        ("warc_filename", pa.string()),
-        ("warc_record_offset", pa.int64()),
-        ("wrapping", pa.string()),
-        ("reason", pa.string()),
-        ("kind", pa.string()),
-    ]
-)
-"""A page that became no document; `kind` is `dropped` (nothing wrong with it), `failed`, or `retry` (failed for now)."""
-PLACE = ("warc_filename", "warc_record_offset", "wrapping")
-DROPPED = ("no text", "prefilter: language", "prefilter: words")
 BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20
 PREFILTER_SCORE = 0.8
 """How sure the language of a page's whole text must be before the main text is not even looked for."""
@@ -136,13 +89,13 @@ def extract_page(
 
     The page may be a row of a person's file of that `layout`.
     """
-    text, charset = pages.decode(page.payload, page.charset)
+    text, charset = decode(page.payload, page.charset)
     text, extractor = text.replace("\x00", ""), p.extractor
     found = {"title": "", "images": [], "links": [], "reviews": []}
     # what the index detected is better than what the page claims, where there is an index
     language = (row["content_languages"] or "").split(",")[0]
     if layout:
-        found |= row_files.document(text, layout, p.text_column, p.rating_column)
+        found |= reviews.document(text, layout, p.text_column, p.rating_column)
         text, extractor = found["text"], "row"
     elif page.record_type == "conversion" or page.mime == "text/plain":
         extractor = "none"
@@ -153,7 +106,7 @@ def extract_page(
             "title": pages.title(html.tree),
             "images": pages.images(html.tree),
             "links": pages.links(html.tree, row["url"]) if p.keep_links else [],
-            "reviews": pages.reviews(html.tree),
+            "reviews": reviews.reviews(html.tree),
         }
         if p.prefilter:
             _prefilter(blocks.all_text(html.blocks), p)
@@ -329,7 +282,7 @@ def by_each(selection: Manifest, row: dict[str, Any]) -> dict[str, str]:
     if isinstance(raw, RecordError):
         raise raw
     page = verified_page(row, raw, MOST_BYTES / 1e6)
-    source = pages.decode(page.payload, page.charset)[0].replace("\x00", "")
+    source = decode(page.payload, page.charset)[0].replace("\x00", "")
     return {name: extractor(Html(source)).strip() for name, extractor in EXTRACTORS.items()}
 
 

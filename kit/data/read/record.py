@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import brotli
 from warcio.bufferedreaders import ChunkedDataReader
@@ -312,3 +313,11 @@ def _unpack(body: bytes, coding: str, max_bytes: int) -> tuple[bytes, bool]:
     if BINARY.search(body[:1024]):
         raise RecordError(f"content encoding {coding}")
     return body, False
+
+
+def host_name(url: str) -> str:
+    """The host of `url`; empty where there is none, or a broken one such as `http://[broken`."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

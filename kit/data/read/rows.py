@@ -7,21 +7,18 @@ back need nothing of their own. CSV is read as Python's csv module and Spark do 
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import quote
 
-from kit.data.extract import blocks
-from kit.data.extract.page import decode
 from kit.data.read.archive import ROWS, Damage, Entry, Page, opened
+from kit.data.read.charset import decode
 from kit.data.read.record import sha1
 from kit.data.read.unpack import Break, Piece, pieces
-from kit.data.select.questions import host_of
 from kit.errors import ArchiveError, RecordError
 
 WRAPPINGS = ROW, PACKED = "row", "row stream"
@@ -36,7 +33,8 @@ MORE_LINES = rb'"[^"]*+(?:""[^"]*+)*+" *+(?=[D\r\n])'
 FIELD = rb"(?:" + ONE_LINE + b"|" + MORE_LINES + rb'|[^"D\r\n][^D\r\n]*+)?+'
 """A field before a delimiter D. As in the csv module, only its first sign can be an opening quote, and what follows
 the closing one on the same line is text, too; over several lines it means that the first was never to open."""
-TAG = re.compile(r"</?(?:br|p|div|b|i|u|em|strong|a|ul|ol|li|span|h[1-6])\b[^<>]{0,500}>", re.IGNORECASE)
+
+
 NAMES = {
     "text": "text reviewtext reviewbody review body content comment comments verifiedreviews",
     "rating": "rating starrating stars score overall reviewrating sentiment label polarity",
@@ -172,11 +170,11 @@ def layout(uri: str, rating_column: str = "") -> Layout:
         told = told._replace(delimiter="\t" if kind == "tsv" else max(",;\t|", key=names.count))
     lines = [decode(data, None)[0] for _, data, reason in split([head], told) if not reason]
     if told.kind == "csv" and lines:
-        told = told._replace(columns=tuple(map(_key, _cells(lines.pop(0), told))))
+        told = told._replace(columns=tuple(map(column_key, _cells(lines.pop(0), told))))
     best = 5.0
     for line in lines:
         with suppress(RecordError):
-            best = max(best, _rating(_fields(line, told), rating_column, told)[0] or 0)
+            best = max(best, rating_of(row_fields(line, told), rating_column, told)[0] or 0)
     return told._replace(rating_max=next((m for m in (5.0, 10.0, 100.0) if best <= m), best))
 
 
@@ -185,34 +183,11 @@ def page(raw: bytes, url: str) -> Page:
     return Page(url, "resource", 200, "text/plain", None, None, raw, (sha1(raw),) * 2, None)
 
 
-def document(text: str, told: Layout, text_column: str = "", rating_column: str = "") -> dict[str, Any]:
-    """`title`, `text`, `reviews` and, where the row names a site, `host`; raises `RecordError`.
-
-    Columns have their usual names (`NAMES`) or are named. A row with a rating or an item is a review of one that
-    may be unknown.
-    """
-    row, wanted = _fields(text, told), _key(text_column) or NAMES["text"]
-    if not set(wanted.split()) & set(row):
-        raise RecordError(f"no column '{text_column or 'text'}': see text_column")
-    body, title, item = (_plain(_first(row, x)) for x in (wanted, NAMES["title"], NAMES["item"]))
-    rating, best = _rating(row, rating_column, told)
-    # of two columns, or [1, 2] in one, as Amazon had it
-    counts = re.findall(r"\d{1,9}", " ".join(_first(row, NAMES[x]) for x in ("helpful", "votes")))
-    helpful, votes = map(int, counts[:2]) if len(counts) > 1 else (None, None)
-    site = _first(row, NAMES["site"])
-    review = {
-        "item": item, "item_type": "", "rating": rating, "rating_max": best, "title": title, "body": body,
-        "helpful": helpful, "votes": votes,
-    }  # fmt: skip
-    found = {"title": title, "text": body, "reviews": [review] if item or rating is not None else []}
-    return found | ({"host": host_of(site) or site} if site else {})
-
-
-def _first(row: dict[str, str], names: str) -> str:
+def first_value(row: dict[str, str], names: str) -> str:
     return next((row[c] for c in names.split() if row.get(c)), "")
 
 
-def _fields(line: str, told: Layout) -> dict[str, str]:
+def row_fields(line: str, told: Layout) -> dict[str, str]:
     """A row's values by column; raises `RecordError` where it is no row of its file."""
     if told.kind == "txt":
         return {"text": line}
@@ -229,20 +204,20 @@ def _fields(line: str, told: Layout) -> dict[str, str]:
         raise RecordError("not a JSON object")
     texts = {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in found.items()}
     # without the halves of surrogate pairs that JSON can hold and Parquet cannot
-    return {_key(k): v.encode("utf-8", "ignore").decode() for k, v in texts.items()}
+    return {column_key(k): v.encode("utf-8", "ignore").decode() for k, v in texts.items()}
 
 
 def _cells(line: str, told: Layout) -> list[str]:
     return next(csv.reader(io.StringIO(line, newline=""), delimiter=told.delimiter), [])
 
 
-def _key(name: str) -> str:
+def column_key(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def _rating(row: dict[str, str], rating_column: str, told: Layout) -> tuple[float | None, float]:
+def rating_of(row: dict[str, str], rating_column: str, told: Layout) -> tuple[float | None, float]:
     """The rating (`4`, `4,5`, `7/10` or one of `STARS`) or None, and the best that can be."""
-    value = _first(row, _key(rating_column) or NAMES["rating"]).strip().casefold()
+    value = first_value(row, column_key(rating_column) or NAMES["rating"]).strip().casefold()
     if value in STARS:
         return STARS[value], 5.0
     number = re.match(r"(\d{1,9}(?:[.,]\d+)?)(?: ?/ ?(\d{1,9}))?", value)
@@ -250,10 +225,3 @@ def _rating(row: dict[str, str], rating_column: str, told: Layout) -> tuple[floa
         return None, told.rating_max
     rating = float(number[1].replace(",", "."))
     return rating, max(rating, float(number[2] or told.rating_max))
-
-
-def _plain(text: str) -> str:
-    """Text without the mark-up that reviews are often stored with."""
-    if TAG.search(text):
-        return blocks.all_text(blocks.walk(blocks.parse(text))).strip()
-    return (html.unescape(text) if "&" in text else text).strip()

@@ -26,6 +26,7 @@ import numpy as np
 
 from kit import resolve
 from kit.data.text import words as w
+from kit.data.text.words import word_count
 from kit.errors import ParamError
 from kit.params import nearest
 
@@ -165,11 +166,6 @@ def measure(
     if "fineweb" in sets:
         values |= _fineweb(text, len((tokens or w.tokens(text)).ids))
     return text, values
-
-
-def word_count(text: str) -> int:
-    """The value of `words` alone."""
-    return int(w.tokens(text).traits[:, w.WORD].sum())
 
 
 def too_few_words(text: str, params: Mapping[str, Any]) -> bool:

@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 from ftfy.badness import MOJIBAKE_CATEGORIES
 
 from kit.data.engine.spark import run_tasks
-from kit.data.extract.extract import DOCUMENT
+from kit.data.extract.schema import DOCUMENT
 from kit.data.refine import features, pii, quality
 from kit.data.text.language import detect_language
 from kit.errors import ParamError
-from kit.lake.store import Account, Lake, Manifest
+from kit.lake.manifest import Account, Manifest
+from kit.lake.store import Lake
 from kit.params import RefineText, Refining, nearest
 
 CONTROL_CHARS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff"

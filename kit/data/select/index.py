@@ -18,12 +18,13 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kit.data.read import archive, polite
+from kit.data.read import archive, polite, record
 from kit.data.read import rows as row_files
 from kit.data.select import questions
 from kit.data.select.table import Files, Scan, athena_usd, columns_and_values, crawls_beside, table_files
 from kit.errors import ArchiveError, LakeError, ParamError
-from kit.lake.store import Account, Lake, Manifest
+from kit.lake.manifest import Account, Manifest
+from kit.lake.store import Lake
 from kit.params import ExploreIndex
 from kit.progress import progress
 
@@ -214,7 +215,7 @@ def explore_index(p: ExploreIndex, lake: Lake) -> Manifest:
 
 
 def _row(entry: archive.Entry) -> dict[str, Any]:
-    host = questions.host_of(entry.url)
+    host = record.host_name(entry.url)
     labels = host.split(".")
     names = {"url_host_name": host, "url_host_registered_domain": ".".join(labels[-2:])}
     return vars(entry) | names | {"url_host_tld": labels[-1], "subset": "warc"}

@@ -7,9 +7,8 @@ Values are written into the text, not passed as parameters: only so do engines s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
-from kit.data.read.record import PAGE_RECORDS
+from kit.data.read.record import PAGE_RECORDS, host_name
 from kit.errors import ParamError
 from kit.params import ExploreIndex
 
@@ -61,14 +60,6 @@ FROM (
 GROUP BY 1 ORDER BY pages DESC, 1 LIMIT {int(limit)}"""
 
 
-def host_of(url: str) -> str:
-    """The host of `url`; empty where there is none, or a broken one such as `http://[broken`."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
 def site_filter(site: str) -> str:
     """SQL for the pages of a registered domain (`imdb.com`), a host (`www.imdb.com`) or below a URL.
 
@@ -76,7 +67,7 @@ def site_filter(site: str) -> str:
     what lets an engine skip row groups; the URL alone skips none. Raises `ParamError` where there is no host.
     """
     scheme, rest = site.split("://", 1) if "://" in site else ("", site)
-    host = host_of(f"//{rest}").rstrip(".")
+    host = host_name(f"//{rest}").rstrip(".")
     if not host:
         raise ParamError(f"'{site}' is no site: give a domain, a host or the beginning of a URL")
     labels = host.split(".")

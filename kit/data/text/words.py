@@ -270,3 +270,8 @@ def tokens(text: str) -> Tokens:
     total = int(ends[-1]) if len(ends) else 0
     ids = flat[np.arange(total) + np.repeat(starts[at] - ends + sizes, sizes)]
     return Tokens(ids, sizes, traits.reshape(-1, TRAITS)[ids])
+
+
+def word_count(text: str) -> int:
+    """The value of `words` alone."""
+    return int(tokens(text).traits[:, WORD].sum())

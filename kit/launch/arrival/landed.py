@@ -20,13 +20,15 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from kit.data.engine import guard
-from kit.data.extract import blocks, page
-from kit.data.extract.extract import DOCUMENT, DROPPED, PLACE, extract_rows
+from kit.data.extract import blocks
+from kit.data.extract.extract import extract_rows
+from kit.data.extract.schema import DOCUMENT, DROPPED, PLACE
+from kit.data.read import charset
 from kit.data.read.archive import SUFFIX
 from kit.data.read.unpack import GZIP, ZSTD
 from kit.data.select.index import Index, doc_id
 from kit.errors import RecordError
-from kit.lake.store import Account, Counts
+from kit.lake.manifest import Account, Counts
 from kit.params import ExploreIndex, RefineOnArrival
 
 IMAGE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|GIF8[79]a|RIFF.{4}WEBP", re.DOTALL)
@@ -168,7 +170,7 @@ def json_texts(data: bytes) -> Iterator[tuple[int, int, bytes | RecordError, str
 
 def page_url(payload: bytes) -> str | None:
     """The address that a page claims for itself: its canonical link or its og:url."""
-    tree = blocks.parse(page.decode(payload, None)[0])
+    tree = blocks.parse(charset.decode(payload, None)[0])
     for query, attribute in (('link[rel="canonical"]', "href"), ('meta[property="og:url"]', "content")):
         node = tree.css_first(query)
         url = ((node.attributes.get(attribute) if node else None) or "").strip()

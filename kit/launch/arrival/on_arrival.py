@@ -36,24 +36,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kit.data.engine import guard
-from kit.data.extract.extract import DOCUMENT
+from kit.data.extract.schema import DOCUMENT
 from kit.data.refine.refine import REFINED, refine_batch
 from kit.errors import EventError, LakeError
 from kit.lake import store as lakes
-from kit.lake.store import (
-    Account,
-    Counts,
-    Input,
-    Lake,
-    Manifest,
-    Output,
-    Work,
-    explained,
-    fingerprint,
-    modules_sha256,
-    new_manifest,
-    parquet_bytes,
-)
+from kit.lake.code import modules_sha256
+from kit.lake.files import explained, fingerprint, parquet_bytes
+from kit.lake.manifest import Account, Counts, Input, Manifest, Output, Work, new_manifest
+from kit.lake.store import Lake
 from kit.launch.arrival.landed import documents_of
 from kit.params import Extracting, RefineOnArrival, Refining, Stage, for_stage, load_recipe
 

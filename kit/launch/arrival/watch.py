@@ -27,7 +27,9 @@ import watchfiles
 
 from kit import process
 from kit.errors import LakeError
-from kit.lake.store import MANIFEST, Account, Input, Lake, Manifest, fingerprint
+from kit.lake.files import fingerprint
+from kit.lake.manifest import Account, Input, Manifest
+from kit.lake.store import MANIFEST, Lake
 from kit.launch.arrival.on_arrival import commit, commits, handle, put, put_table, read_manifest, tokens, zone
 from kit.params import RefineOnArrival
 from kit.progress import progress

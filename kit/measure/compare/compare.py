@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from kit import show
 from kit.errors import ModelError
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import CompareGenerations
 from kit.progress import progress
 from kit.train.encode.encode import perplexity, prepare

@@ -19,7 +19,8 @@ from statistics import median
 from typing import Any
 
 from kit import process, resolve
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.measure.data import data_jobs, near_jobs, process_tree
 from kit.measure.data.benchmark_rows import NEAR_DEDUP, Row, plan_rows, sampled_pages
 from kit.measure.data.process_tree import Measured
@@ -153,7 +154,7 @@ def quality(rows: Sequence[Row], path: str, record_ids: set[str]) -> list[dict[s
 
     `path` is a gold file (lines with `record_id`, `text`, `with`, `without`); only pages that are measured count.
     """
-    from kit.maintain.train_blocks import score
+    from kit.measure.data.scores import score
 
     lines = Path(resolve(path)).read_text(encoding="utf-8").splitlines()
     gold = [g for g in map(json.loads, lines) if g["record_id"] in record_ids]

@@ -24,8 +24,8 @@ def extract(archive: str, spots: list[list[Any]], extractor: str, texts: str) ->
     All extractors run with the garbage collector off, as pages do in the kit.
     """
     from kit.data.extract.extract import EXTRACTORS, Html
-    from kit.data.extract.page import decode
     from kit.data.read.archive import parse_page
+    from kit.data.read.charset import decode
 
     with open(archive, "rb") as f:
         members = [(f.seek(offset), f.read(length))[1] for _, offset, length in spots]

@@ -25,8 +25,8 @@ def near_corpus(archive: str, most: int, corpus: str) -> None:
     import pyarrow.parquet as pq
     from resiliparse.extract.html2text import extract_plain_text
 
-    from kit.data.extract.page import decode
     from kit.data.read import archive as archives
+    from kit.data.read.charset import decode
 
     texts: list[str] = []
     for record in archives.records(archive, archive):
@@ -47,7 +47,8 @@ def near_kit(corpus: str, lake: str, cores: int) -> dict[str, int]:
 
     from kit.data.dedup import dedup
     from kit.data.engine import spark
-    from kit.lake.store import Counts, Lake
+    from kit.lake.manifest import Counts
+    from kit.lake.store import Lake
     from kit.params import Cores, Deduplicate, RefineText
 
     to, texts = Lake(lake), pq.read_table(corpus).rename_columns(["doc_id", "text"])

@@ -25,8 +25,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kit import process
 from kit.errors import ParamError
-from kit.estimate.table import usd_per_million
-from kit.lake.store import Counts, Lake, Manifest, code_identity, environment
+from kit.estimate.rates import usd_per_million
+from kit.lake.code import code_identity, environment
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.measure.training.compare_methods import encoded, gpu_name, in_own_process
 from kit.params import BenchmarkTraining, FinetuneSft, nearest
 from kit.progress import progress

@@ -18,8 +18,9 @@ import torch
 
 from kit.errors import KitError, ModelError, ParamError
 from kit.estimate import reference
-from kit.estimate.table import usd
-from kit.lake.store import Counts, Lake, Manifest
+from kit.estimate.rates import usd
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import ComparePeft, FinetuneSft, nearest
 from kit.progress import progress
 from kit.train.encode.encode import Rows, prepare

@@ -22,7 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kit.errors import ModelError, ParamError
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import ConstitutionalFeedback
 from kit.progress import progress
 from kit.train.align.chat import InProcess, Turn

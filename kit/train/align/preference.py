@@ -16,7 +16,8 @@ from typing import Any
 import datasets
 
 from kit.errors import ModelError
-from kit.lake.store import Lake, Manifest
+from kit.lake.manifest import Manifest
+from kit.lake.store import Lake
 from kit.params import AlignDpo
 from kit.train.align.objectives import OBJECTIVES
 from kit.train.encode.encode import Rows

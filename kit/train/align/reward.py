@@ -21,7 +21,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer
 
 from kit.errors import ModelError
-from kit.lake.store import Lake, Manifest
+from kit.lake.manifest import Manifest
+from kit.lake.store import Lake
 from kit.params import RewardAndPolicy
 from kit.params.fit import Fit
 from kit.progress import progress

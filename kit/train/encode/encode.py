@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from kit.errors import ModelError
-from kit.lake.store import Counts
+from kit.lake.manifest import Counts
 from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss
 
 

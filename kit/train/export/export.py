@@ -23,7 +23,9 @@ from transformers.utils.import_utils import is_serve_available
 
 from kit import show
 from kit.errors import ModelError
-from kit.lake.store import Lake, Manifest, code_identity, environment, losses
+from kit.lake.code import code_identity, environment
+from kit.lake.manifest import Manifest, losses
+from kit.lake.store import Lake
 from kit.params import MergeAndExport
 from kit.progress import Progress, progress
 from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss

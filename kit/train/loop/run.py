@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import shutil
@@ -20,7 +19,9 @@ from safetensors import SafetensorError
 
 from kit import ROOT
 from kit.errors import ModelError
-from kit.lake.store import Lake, StageWriter, code_identity
+from kit.lake.code import code_identity
+from kit.lake.files import no_space
+from kit.lake.store import Lake, StageWriter
 from kit.progress import progress
 from kit.train.loop.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
 from kit.train.models.describe import computes_in, describe
@@ -121,13 +122,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The latest checkpoint in `folder` that was written to its end."""
     whole = [f.parent for f in folder.glob(f"checkpoint-*/{WHOLE}")]
     return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None)
-
-
-def no_space(error: BaseException) -> bool:
-    """Whether an error, or what it came from, says that the disk is full."""
-    chain = [error, error.__cause__, error.__context__]
-    full = {errno.ENOSPC, errno.EDQUOT}
-    return any(getattr(e, "errno", None) in full or "No space left" in str(e) for e in chain if e)
 
 
 def ran_in(trainer: Any) -> str:

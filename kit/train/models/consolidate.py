@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from kit.errors import ModelError
-from kit.train.loop.run import no_space
+from kit.lake.files import no_space
 
 INDEX = "model.safetensors.index.json"
 ALLOWED = re.compile(

@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from kit import process
 from kit.errors import ModelError, ParamError
-from kit.lake.store import Counts, Lake, Manifest
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import ClassifySentiment, nearest
 from kit.progress import progress
 from kit.train.models import load

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from kit.errors import ModelError
-from kit.lake.store import Lake, Manifest, StageWriter
+from kit.lake.manifest import Manifest
+from kit.lake.store import Lake, StageWriter
 from kit.params import Distill
 from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss
 from kit.train.encode.encode import Rows, prepare

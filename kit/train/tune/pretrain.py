@@ -23,7 +23,8 @@ import transformers
 from trl import SFTConfig
 
 from kit.errors import ModelError
-from kit.lake.store import Counts, Lake, Manifest, StageWriter
+from kit.lake.manifest import Counts, Manifest
+from kit.lake.store import Lake, StageWriter
 from kit.params import ContinuePretraining
 from kit.train.encode.batches import IGNORED
 from kit.train.encode.encode import perplexity

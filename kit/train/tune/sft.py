@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from kit.lake.store import Lake, Manifest
+from kit.lake.manifest import Manifest
+from kit.lake.store import Lake
 from kit.params import FinetuneSft
 from kit.params.train import PASS_TOKENS
 from kit.train.encode.batches import collate_packed

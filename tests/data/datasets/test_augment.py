@@ -10,7 +10,8 @@ import pytest
 from kit.data.datasets import augment as eda
 from kit.data.trace import trace
 from kit.errors import ParamError
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import AugmentText, BuildDatasets
 
 TEXTS = ("row_id", "doc_id", "kind", "item", "prompt", "completion", "language", "host", "source", "group")

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from kit.data.datasets import balance, packing
 from kit.data.datasets.balance import assign, balance_tokenization, cut, encode, load_tokenizer, slices
 from kit.errors import ParamError
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import BalanceTokenization, BuildDatasets
 
 WORDS = [

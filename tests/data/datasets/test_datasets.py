@@ -10,10 +10,11 @@ import pytest
 
 from kit.data.datasets.datasets import Splits, build_datasets, grid, heldout_groups, plain, split_rows
 from kit.data.datasets.formats import FORMATS, document_rows, instruction_row
-from kit.data.extract.extract import REVIEW
+from kit.data.extract.schema import REVIEW
 from kit.data.trace import trace
 from kit.errors import LakeError, ParamError
-from kit.lake.store import Account, Counts, Lake, Manifest
+from kit.lake.manifest import Account, Counts, Manifest
+from kit.lake.store import Lake
 from kit.params import BuildDatasets, Deduplicate, RefineText
 
 P = BuildDatasets()

@@ -7,16 +7,9 @@ import numpy as np
 import pytest
 from support import store
 
-from kit.data.dedup.boilerplate import (
-    LINE,
-    boilerplate_lines,
-    code,
-    count_lines,
-    repeated,
-    spell,
-    without_boilerplate,
-)
+from kit.data.dedup.boilerplate import LINE, code, count_lines, repeated, spell
 from kit.data.dedup.dedup import deduplicate
+from kit.data.dedup.schema import boilerplate_lines, without_boilerplate
 from kit.lake.store import Lake
 from kit.params import Deduplicate
 

@@ -12,6 +12,7 @@ from kit.data.extract import blocks
 from kit.data.extract.blocks import all_text, choose, extract, features, main_text, parse, walk
 from kit.data.read import archive
 from kit.errors import KitError
+from kit.measure.data import scores as scores_module
 
 SENTENCES = [
     "The river rose during the night, and by morning the lower fields were under water.",
@@ -233,7 +234,7 @@ def test_labels_of_blocks() -> None:
 
 
 def test_scores() -> None:
-    from kit.maintain.train_blocks import score
+    from kit.measure.data.scores import score
 
     golds = [{"text": "a b c d"}, {"with": ["x  y", "z"], "without": ["w"]}]
     scores = score(["a b e e", "x y w"], golds)
@@ -292,8 +293,8 @@ def test_real_pages_by_a_model_that_has_not_seen_their_sites(real_data: Path) ->
     pages = train_blocks.load(str(real_data / "pages.warc.gz"), str(real_data / "pages_gold.jsonl"))
     pages = [p for p in pages if p.gold.get("text") and len(p.label) < 400][:120]
     golds = [p.gold for p in pages]
-    ours = train_blocks.score(train_blocks.cross_validate(pages, 25), golds)["word F1"]
-    whole = train_blocks.score([all_text(p.blocks) for p in pages], golds)["word F1"]
+    ours = scores_module.score(train_blocks.cross_validate(pages, 25), golds)["word F1"]
+    whole = scores_module.score([all_text(p.blocks) for p in pages], golds)["word F1"]
     print(f"word F1 {ours:.3f}, all text {whole:.3f}")
     assert ours > whole + 0.1
 
@@ -307,8 +308,8 @@ def test_real_pages_with_the_shipped_model(real_data: Path) -> None:
     pages = train_blocks.load(str(real_data / "pages.warc.gz"), str(real_data / "pages_gold.jsonl"))
     pages = [p for p in pages if p.gold.get("text")][::8]
     golds = [p.gold for p in pages]
-    ours = train_blocks.score([main_text(p.blocks) for p in pages], golds)["word F1"]
+    ours = scores_module.score([main_text(p.blocks) for p in pages], golds)["word F1"]
     html = [train_blocks.decode(p.payload, None)[0] for p in pages]
-    theirs = train_blocks.score([trafilatura.extract(h) or "" for h in html], golds)["word F1"]
+    theirs = scores_module.score([trafilatura.extract(h) or "" for h in html], golds)["word F1"]
     print(f"word F1 {ours:.3f}, trafilatura {theirs:.3f}")
     assert ours > theirs + 0.02

@@ -20,7 +20,8 @@ from support import (
 )
 
 from kit.data.extract import extract
-from kit.data.extract.extract import FAILURE, Html, extract_page, extract_rows, extract_text
+from kit.data.extract.extract import Html, extract_page, extract_rows, extract_text
+from kit.data.extract.schema import FAILURE
 from kit.data.read import archive
 from kit.data.select.index import doc_id, explore_index
 from kit.errors import LakeError, RecordError

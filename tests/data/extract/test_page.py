@@ -7,8 +7,10 @@ import pytest
 from selectolax.lexbor import LexborHTMLParser
 
 from kit.data.extract import page
-from kit.data.extract.extract import IMAGE, LINK, REVIEW
-from kit.data.extract.page import decode, html_language, images, links, reviews_of, title
+from kit.data.extract.page import html_language, images, links, title
+from kit.data.extract.reviews import reviews_of
+from kit.data.extract.schema import IMAGE, LINK, REVIEW
+from kit.data.read.charset import decode
 
 
 def reviews(data: object, raw: str = "") -> list[dict]:

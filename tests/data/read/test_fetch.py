@@ -26,7 +26,7 @@ from kit.data.extract.extract import verified_page
 from kit.data.read import archive, fetch, polite
 from kit.data.read.fetch import may_retry, plan_ranges, read_ranges
 from kit.errors import FetchError, Missing, RecordError
-from kit.lake.store import fingerprint
+from kit.lake.files import fingerprint
 
 INDEX = sorted((SAMPLE / "cc-index").rglob("*.parquet"))
 PLACE = ["warc_filename", "warc_record_offset", "warc_record_length"]

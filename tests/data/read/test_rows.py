@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.data.extract import reviews
 from kit.data.extract.extract import extract_rows, extract_text
 from kit.data.read import rows
 from kit.data.read.archive import Damage, list_archives
@@ -144,7 +145,7 @@ def test_the_real_reviews_pass_through_the_chain(real_data: Path, tmp_path: Path
     docs = lake.table(extracted).to_pylist()
     assert extracted.counts.records_out + sum(extracted.counts.dropped.values()) == 4867
     assert not extracted.counts.failed
-    assert [rows._plain(r["text"]) for r in wanted if r["text"].strip()] == [d["text"] for d in docs]
+    assert [reviews._plain(r["text"]) for r in wanted if r["text"].strip()] == [d["text"] for d in docs]
     assert [float(r["rating"]) for r in wanted if r["text"].strip()] == pytest.approx(
         [d["reviews"][0]["rating"] for d in docs]
     )
@@ -166,20 +167,20 @@ def test_columns_are_found_by_their_usual_names_or_named(tmp_path: Path) -> None
         ";",
         ("reviewtext", "starrating", "producttitle", "reviewheadline", "helpfulvotes", "totalvotes", "site"),
     )
-    found = rows.document("So good!;4;A kettle;Hot;3;7;shop.example", told)
+    found = reviews.document("So good!;4;A kettle;Hot;3;7;shop.example", told)
     (review,) = found["reviews"]
     assert (found["title"], found["text"], found["host"]) == ("Hot", "So good!", "shop.example")
     assert (review["item"], review["rating"], review["rating_max"]) == ("A kettle", 4.0, 5.0)
     assert (review["body"], review["helpful"], review["votes"]) == ("So good!", 3, 7)
     told = rows.Layout("csv", ",", ("a", "b"))
     with pytest.raises(RecordError, match="no column 'text'"):
-        rows.document("one,2", told)
+        reviews.document("one,2", told)
     with pytest.raises(RecordError, match="no column 'C'"):
-        rows.document("one,2", told, "C")
-    found = rows.document("one,2", told, "A", "B")
+        reviews.document("one,2", told, "C")
+    found = reviews.document("one,2", told, "A", "B")
     assert (found["text"], found["reviews"][0]["rating"], "host" in found) == ("one", 2.0, False)
     with pytest.raises(RecordError, match="more fields"):
-        rows.document("one,2,3", told, "A")
+        reviews.document("one,2,3", told, "A")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_columns_are_found_by_their_usual_names_or_named(tmp_path: Path) -> None
      ("8", 8, 8), ("good", None, None), ("", None, None), ("nan", None, None), ("-1", None, None)],
 )  # fmt: skip
 def test_ratings_are_read_as_people_write_them(value: str, rating: float | None, best: float | None) -> None:
-    found = rows.document(json.dumps({"text": "x", "stars": value}), rows.Layout("jsonl"))["reviews"]
+    found = reviews.document(json.dumps({"text": "x", "stars": value}), rows.Layout("jsonl"))["reviews"]
     assert [(r["rating"], r["rating_max"]) for r in found] == ([(rating, best)] if rating else [])
 
 
@@ -209,7 +210,7 @@ def test_mark_up_in_reviews_becomes_text() -> None:
         ("<br />", ""),
     ]
     for text, wanted in lines:
-        assert rows.document(text, rows.Layout("txt"))["text"] == wanted
+        assert reviews.document(text, rows.Layout("txt"))["text"] == wanted
 
 
 def test_lines_of_text_and_json_are_documents(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from kit.data.refine.quality import (
     measure,
     measure_url,
     overrides,
-    word_count,
 )
 from kit.data.text import words
 from kit.data.text.language import detect_language
+from kit.data.text.words import word_count
 from kit.errors import ParamError
 from kit.params import RefineText
 

@@ -82,7 +82,7 @@ def test_live_completion_names_the_models_it_knows(lake):  # noqa: F811
 def test_no_heldout_row_is_an_error(tmp_path, lake):  # noqa: F811
     import pyarrow as pa
 
-    from kit.lake.store import Counts
+    from kit.lake.manifest import Counts
 
     with lake.stage(params.BuildDatasets(lake=lake.uri, run="bare")) as out:
         for name in ("train", "heldout"):

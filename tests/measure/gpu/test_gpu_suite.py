@@ -18,7 +18,7 @@ MISSING = ("pydantic", "duckdb", "pyspark", "warcio")
 
 def suite(folder, *words: str, without: tuple[str, ...] = MISSING) -> dict[str, dict]:
     """Rows by name of a run in a process that cannot import `without`, nor the rest of the kit."""
-    block = "".join(f"sys.modules[{name!r}] = None\n" for name in (*without, "kit.params", "kit.lake.store"))
+    block = "".join(f"sys.modules[{name!r}] = None\n" for name in (*without, "kit.params", "kit.lake"))
     code = f"import sys\n{block}from kit.measure.gpu.suite import main\nsys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-W", "ignore", "-c", code, "--tiny", "--out", str(folder), *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast, RobertaConfig
 
 from kit.errors import ModelError, ParamError
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.params import BuildDatasets, ClassifySentiment
 from kit.train.parallel import classify, rank, rank_job
 from kit.train.parallel.classify import labelled

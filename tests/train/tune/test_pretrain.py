@@ -11,7 +11,8 @@ from support import logits, no_network, outputs, review, tiny_model
 
 from kit import params
 from kit.errors import ModelError
-from kit.lake.store import Counts, Lake
+from kit.lake.manifest import Counts
+from kit.lake.store import Lake
 from kit.train.models import load
 from kit.train.plan.setup import resolve
 from kit.train.tune import pretrain
