@@ -1,9 +1,11 @@
 """From Common Crawl to a fine-tuned language model: the helper package under the notebooks.
 
 Floors, lowest first; an upper floor may call a lower one, never the other way round:
-`errors` → `params` → `lake` → `reference`, `cost`, `process`, `progress` → `show` → `data/` and `train/` (never each
-other) → `measure/`, `launch/`. `pipeline` runs notebooks and imports no stage, `report` tells of what it ran; `doctor`,
-`cli` and `refresh` stand on top and talk to people.
+`errors` → `params` → `lake` → `process`, `progress`, `show`, `estimate` → `data/` and `train/` (never each other) →
+`measure/`, `launch/` → `pipeline`, `report`, `doctor`, `maintain/` → `cli`. In `data/`: `engine`, `text` → `read` → a
+folder a stage → `job`, `trace`. In `train/`: `models` → `encode` → `plan` → `loop` → a folder a stage. A stage's folder
+imports no other stage's, except its `schema`. `pipeline` runs notebooks and imports no stage, `report` tells of what it
+ran. `tests/test_floors.py` holds it.
 """
 
 from pathlib import Path

@@ -18,14 +18,14 @@ FLOORS = (
     ("kit", "kit.errors"),
     ("kit.params",),
     ("kit.lake",),
-    ("kit.process", "kit.show", "kit.progress", "kit.report", "kit.estimate"),
+    ("kit.process", "kit.show", "kit.progress", "kit.estimate"),
     ("kit.data.engine", "kit.data.text", "kit.train.models"),
     ("kit.data.read", "kit.train.encode"),
     ("kit.train.plan",),
     ("kit.data", "kit.train"),  # the stages' folders, and what trains them: kit.train.loop
     ("kit.data.job", "kit.data.trace", "kit.train.tune", "kit.train.align", "kit.train.parallel", "kit.train.export"),
     ("kit.measure", "kit.launch"),
-    ("kit.pipeline", "kit.doctor", "kit.maintain"),
+    ("kit.pipeline", "kit.report", "kit.doctor", "kit.maintain"),
     ("kit.cli",),
 )  # fmt: skip
 """Lowest first; an upper floor may import a lower one or its own, never the other way round."""
