@@ -221,6 +221,7 @@ def peak_memory(every_s: float = 0.05) -> Iterator[dict[str, float]]:
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    look()  # a block shorter than the first wait has a peak, too
     try:
         with process.watching(look, every_s):
             yield peak
