@@ -3,19 +3,23 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
 from filelock import FileLock
-from support import kit
+from support import Server, dpo_params, kit, tuned_lake
 
 from kit import ROOT
 from kit.lake.store import Lake
@@ -202,3 +206,74 @@ def s3(tmp_path_factory):
                 time.sleep(0.5)
         yield "s3://lake-bucket/lake"
         server.kill()
+
+
+@pytest.fixture(scope="module")
+def aligned_lake(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    """A lake in which a tiny model has gone through 60 and 70."""
+    from kit.train.align.preference import align
+
+    lake = tuned_lake(tmp_path_factory.mktemp("lake"))
+    align(dpo_params(lake), lake)
+    return lake
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ThreadingHTTPServer]:
+    """A web server of this machine that can fail in every way that `support.Server` knows."""
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    made.daemon_threads = True
+    made.uri = f"http://127.0.0.1:{made.server_port}"
+    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A real Spark standalone cluster on this machine, a master and two workers: its address and an environment."""
+    import pyspark
+
+    from kit.data.engine.spark import java_home
+
+    home = Path(pyspark.__file__).parent
+    here = {
+        **{k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_"))},
+        "SPARK_HOME": str(home),
+        "JAVA_HOME": java_home(),
+        "PYTHONPATH": str(ROOT),
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+        "SPARK_NO_DAEMONIZE": "1",
+        "SPARK_LOCAL_DIRS": str(tmp_path / "spark"),
+        "SPARK_WORKER_DIR": str(tmp_path / "work"),
+    }
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    master = f"spark://127.0.0.1:{port}"
+    package = "org.apache.spark.deploy"
+    commands = [[f"{package}.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]]
+    for _ in range(2):
+        options = ["--host", "127.0.0.1", "--cores", "1", "--memory", "1g", "--webui-port", "0"]
+        commands.append([f"{package}.worker.Worker", *options, master])
+    started: list[subprocess.Popen] = []
+    try:
+        for i, command in enumerate(commands):
+            with (tmp_path / f"spark-{i}.log").open("wb") as log:
+                run = [str(home / "bin" / "spark-class"), *command]
+                started.append(
+                    subprocess.Popen(
+                        run, env=here, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
+                    )
+                )
+        deadline = time.monotonic() + 60
+        while (tmp_path / "spark-0.log").read_text().count("Registering worker") < 2:
+            assert time.monotonic() < deadline, "the workers do not find the master"
+            assert all(x.poll() is None for x in started), (tmp_path / "spark-0.log").read_text()[-2000:]
+            time.sleep(0.2)
+        yield master, here
+    finally:
+        for process in started:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -5,25 +5,20 @@ import gzip
 import os
 import random
 import re
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import zlib
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
 
-from kit import ROOT, params
+from kit import params
 from kit.lake.manifest import Counts
 from kit.lake.store import Lake
 from kit.params import RefineText
@@ -205,15 +200,6 @@ def logits(model):
     return model.eval()(input_ids=ids).logits.float()
 
 
-@pytest.fixture(scope="module")
-def lake(tmp_path_factory):
-    from kit.train.align.preference import align
-
-    lake = tuned_lake(tmp_path_factory.mktemp("lake"))
-    align(dpo_params(lake), lake)
-    return lake
-
-
 def store(lake: Lake, run: str, docs: list[dict], parts: int = 1) -> None:
     """`docs` as if refining had let them through, dealt out to `parts`."""
     whole = {"fetch_time": datetime(2026, 1, 1), "payload_digest": None, "reviews": [], "host": "a.example"}
@@ -321,66 +307,6 @@ class Server(BaseHTTPRequestHandler):
     def finish(self):
         with suppress(OSError):
             super().finish()
-
-
-@pytest.fixture(scope="module")
-def server():
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    made.daemon_threads = True
-    made.uri = f"http://127.0.0.1:{made.server_port}"
-    threading.Thread(target=made.serve_forever, args=(0.05,), daemon=True).start()
-    yield made
-    made.shutdown()
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A real Spark standalone cluster on this machine, a master and two workers: its address and an environment."""
-    import pyspark
-
-    from kit.data.engine.spark import java_home
-
-    home = Path(pyspark.__file__).parent
-    here = {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("SPARK_", "PYSPARK_"))},
-        "SPARK_HOME": str(home),
-        "JAVA_HOME": java_home(),
-        "PYTHONPATH": str(ROOT),
-        "PYSPARK_PYTHON": sys.executable,
-        "SPARK_LOCAL_IP": "127.0.0.1",
-        "SPARK_NO_DAEMONIZE": "1",
-        "SPARK_LOCAL_DIRS": str(tmp_path / "spark"),
-        "SPARK_WORKER_DIR": str(tmp_path / "work"),
-    }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    master = f"spark://127.0.0.1:{port}"
-    package = "org.apache.spark.deploy"
-    commands = [[f"{package}.master.Master", "--host", "127.0.0.1", "--port", str(port), "--webui-port", "0"]]
-    for _ in range(2):
-        options = ["--host", "127.0.0.1", "--cores", "1", "--memory", "1g", "--webui-port", "0"]
-        commands.append([f"{package}.worker.Worker", *options, master])
-    started: list[subprocess.Popen] = []
-    try:
-        for i, command in enumerate(commands):
-            with (tmp_path / f"spark-{i}.log").open("wb") as log:
-                run = [str(home / "bin" / "spark-class"), *command]
-                started.append(
-                    subprocess.Popen(
-                        run, env=here, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-                    )
-                )
-        deadline = time.monotonic() + 60
-        while (tmp_path / "spark-0.log").read_text().count("Registering worker") < 2:
-            assert time.monotonic() < deadline, "the workers do not find the master"
-            assert all(x.poll() is None for x in started), (tmp_path / "spark-0.log").read_text()[-2000:]
-            time.sleep(0.2)
-        yield master, here
-    finally:
-        for process in started:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 def plain_set(text: str, ngram: int = 5) -> set[tuple[str, ...]]:

@@ -16,7 +16,6 @@ from conftest import run_data_stages
 from support import (
     bomb,
     record,
-    server,  # noqa: F401
 )
 
 from kit.data.extract import extract
@@ -286,7 +285,7 @@ def test_the_same_bytes_on_one_core_and_two_in_one_part_and_forty(data_lake: Lak
 
 
 def test_pages_lost_to_the_network_are_named_and_a_rerun_fetches_those_alone(
-    server: ThreadingHTTPServer,  # noqa: F811
+    server: ThreadingHTTPServer,
     data_lake: Lake,
     tmp_path: Path,
 ) -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import SAMPLE
 from support import (
-    cluster,  # noqa: F401 (a fixture)
-    server,  # noqa: F401 (a fixture)
 )
 
 from kit import ROOT
@@ -31,7 +29,7 @@ TASKS_AT_ONCE = 3
 
 
 @pytest.fixture
-def quiet_server(server: ThreadingHTTPServer) -> ThreadingHTTPServer:  # noqa: F811
+def quiet_server(server: ThreadingHTTPServer) -> ThreadingHTTPServer:
     """The server of the sample crawl without faults, which notes when each request came."""
     server.faults, server.seen, server.etag, server.let_go = iter(()), [], '"1"', threading.Event()
     return server
@@ -112,7 +110,7 @@ def test_whom_one_asks_as_and_how_fast_is_no_part_of_the_result() -> None:
 def test_on_a_cluster_the_job_keeps_its_rate(
     quiet_server: ThreadingHTTPServer,
     tmp_path: Path,
-    cluster: tuple[str, dict[str, str]],  # noqa: F811
+    cluster: tuple[str, dict[str, str]],
 ) -> None:
     master, here = cluster
     (tmp_path / "archives.txt").write_text("".join(f"{name}\n" for name in NAMES))

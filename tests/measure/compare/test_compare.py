@@ -2,7 +2,6 @@
 
 import pytest
 from support import (
-    lake,  # noqa: F401
     no_network,
     review,
     tiny_model,
@@ -17,7 +16,12 @@ from kit.params import CompareGenerations
 EVIL = "<script>alert(1)</script> \u202etxt\x07"
 
 
-def settings(lake, **values):  # noqa: F811
+@pytest.fixture(scope="module")
+def lake(aligned_lake):
+    return aligned_lake
+
+
+def settings(lake, **values):
     small = {"max_new_tokens": 6, "eval_rows": 3, "max_tokens": 48, "threads": 1}
     base = {
         "lake": lake.uri,
@@ -28,7 +32,7 @@ def settings(lake, **values):  # noqa: F811
     return CompareGenerations(**{**base, **small, **values})
 
 
-def test_three_models_side_by_side(lake, monkeypatch):  # noqa: F811
+def test_three_models_side_by_side(lake, monkeypatch):
     attempts = no_network(monkeypatch)
     manifest = compare_generations(settings(lake), lake)
     assert attempts == []
@@ -44,7 +48,7 @@ def test_three_models_side_by_side(lake, monkeypatch):  # noqa: F811
     assert compare_generations(settings(lake), lake).content_sha256 == manifest.content_sha256
 
 
-def test_the_page_escapes_every_text_and_needs_no_network(lake):  # noqa: F811
+def test_the_page_escapes_every_text_and_needs_no_network(lake):
     p = settings(lake, run="sample")
     rows = [{"prompt": EVIL, "base": EVIL, "tuned": EVIL, "aligned": ""}]
     scores = [{"model": m, "perplexity": 10.0, "tokens": 5} for m in compare.STEPS]
@@ -57,14 +61,14 @@ def test_the_page_escapes_every_text_and_needs_no_network(lake):  # noqa: F811
     assert "(nothing)" in page
 
 
-def test_blank_prompts_are_counted_and_only_blanks_are_an_error(lake):  # noqa: F811
+def test_blank_prompts_are_counted_and_only_blanks_are_an_error(lake):
     manifest = compare_generations(settings(lake, prompts=["The film is", "  "]), lake)
     assert manifest.counts.dropped == {"empty": 1}
     with pytest.raises(ModelError, match="holds no prompt"):
         compare_generations(settings(lake, prompts=[" "]), lake)
 
 
-def test_a_prompt_completes_alike_alone_and_in_a_padded_batch(lake):  # noqa: F811
+def test_a_prompt_completes_alike_alone_and_in_a_padded_batch(lake):
     p = settings(lake, temperature=0.0, prompts=["The film is", "I walked out after an hour; the plot"])
     manifest = compare_generations(p, lake)
     rows = lake.table(manifest, "completions").to_pylist()
@@ -72,14 +76,14 @@ def test_a_prompt_completes_alike_alone_and_in_a_padded_batch(lake):  # noqa: F8
         assert complete(row["prompt"], "aligned", p, lake) == row["aligned"]
 
 
-def test_live_completion_names_the_models_it_knows(lake):  # noqa: F811
+def test_live_completion_names_the_models_it_knows(lake):
     assert isinstance(complete("The film is", "base", settings(lake), lake), str)
     assert complete("  ", "base", settings(lake), lake) == ""
     with pytest.raises(ModelError, match="choose one of base, tuned, aligned"):
         complete("The film is", "best", settings(lake), lake)
 
 
-def test_no_heldout_row_is_an_error(tmp_path, lake):  # noqa: F811
+def test_no_heldout_row_is_an_error(tmp_path, lake):
     import pyarrow as pa
 
     from kit.lake.manifest import Counts

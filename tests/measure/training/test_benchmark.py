@@ -12,6 +12,11 @@ from kit.train.models.methods import METHODS
 from kit.train.plan import settings
 
 
+@pytest.fixture(scope="module")
+def lake(aligned_lake):
+    return aligned_lake
+
+
 def bench(lake, **values):
     small = {"peak_matmul": 64, "max_tokens": 48, "threads": 1, "grid": [], "grid_layers": 0}
     p = params.BenchmarkTraining(
