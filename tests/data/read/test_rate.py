@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import SAMPLE
-from support import (
-)
 
 from kit import ROOT
 from kit.data.engine import spark
