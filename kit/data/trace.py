@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from kit import resolve
-from kit.data.extract.extract import open_archive
+from kit.data.extract.source import open_archive
 from kit.data.read import archive, rows
 from kit.data.read.charset import decode
 from kit.data.refine import pii

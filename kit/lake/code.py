@@ -17,6 +17,9 @@ from kit import ROOT
 
 NOT_IN_CONTENT = {
     "kit.params",
+    "kit.params.align",
+    "kit.params.datasets",
+    "kit.params.measure",
     "kit.params.stage",
     "kit.params.data",
     "kit.params.fit",

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import lightgbm
 import numpy as np
 
-from kit.data.extract import blocks
+from kit.data.extract import blocks, walk
 from kit.data.read import archive
 from kit.data.read.charset import decode
 from kit.measure.data.scores import score, words
@@ -159,7 +159,7 @@ def load(warc: str, gold: str) -> list[Page]:
 
 
 def _page(group: str, gold: dict[str, Any], payload: bytes) -> Page:
-    walked = blocks.walk(blocks.parse(decode(payload, None)[0]))
+    walked = walk.walk(walk.parse(decode(payload, None)[0]))
     domain = site(gold.get("url") or gold.get("name") or gold["record_id"])
     fold = int(hashlib.blake2b(domain.encode()).hexdigest(), 16) % FOLDS
     if walked.texts:

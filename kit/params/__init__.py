@@ -11,11 +11,11 @@ import yaml
 
 from kit import ROOT, resolve
 from kit.errors import ParamError
+from kit.params.align import AlignDpo, ConstitutionalFeedback, RewardAndPolicy
 from kit.params.data import (
-    AugmentText,
-    BalanceTokenization,
-    BenchmarkData,
-    BuildDatasets,
+    Cores as Cores,
+)
+from kit.params.data import (
     Deduplicate,
     ExploreIndex,
     ExtractText,
@@ -25,26 +25,32 @@ from kit.params.data import (
     StartHere,
     WriteYourOwnJob,
 )
-from kit.params.data import Cores as Cores
-from kit.params.data import Extracting as Extracting
-from kit.params.data import Refining as Refining
+from kit.params.data import (
+    Extracting as Extracting,
+)
+from kit.params.data import (
+    Refining as Refining,
+)
+from kit.params.datasets import AugmentText, BalanceTokenization, BenchmarkData, BuildDatasets
+from kit.params.measure import BenchmarkTraining, CompareGenerations
 from kit.params.stage import Stage, nearest
-from kit.params.train import METHODS as METHODS
 from kit.params.train import (
-    AlignDpo,
-    BenchmarkTraining,
+    METHODS as METHODS,
+)
+from kit.params.train import (
     ClassifySentiment,
-    CompareGenerations,
     ComparePeft,
-    ConstitutionalFeedback,
     ContinuePretraining,
     Distill,
     FinetuneSft,
     MergeAndExport,
-    RewardAndPolicy,
 )
-from kit.params.train import Training as Training
-from kit.params.train import Tuning as Tuning
+from kit.params.train import (
+    Training as Training,
+)
+from kit.params.train import (
+    Tuning as Tuning,
+)
 
 STAGES: dict[str, type[Stage]] = {
     cls.stage: cls

@@ -8,30 +8,28 @@ child process (`guard`), so one that hangs, explodes or crashes a parser costs i
 from __future__ import annotations
 
 import gc
-import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from itertools import groupby
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
-import fsspec
 import pyarrow as pa
 from selectolax.lexbor import LexborHTMLParser
 
 from kit import resolve
 from kit.data.engine import guard
 from kit.data.engine.spark import plan
-from kit.data.extract import blocks, reviews
+from kit.data.extract import blocks, reviews, walk
 from kit.data.extract import page as pages
 from kit.data.extract.schema import DOCUMENT, DROPPED, FAILURE, PLACE
-from kit.data.read import archive, fetch
+from kit.data.extract.source import MOST_BYTES, in_batches, read_rows, verified_page
+from kit.data.read import fetch
 from kit.data.read import rows as row_files
 from kit.data.read.archive import Page
 from kit.data.read.charset import decode
 from kit.data.read.rate import run_at_rate
-from kit.data.refine import quality
+from kit.data.text import rules
 from kit.data.text.language import detect_language
 from kit.errors import ArchiveError, LakeError, RecordError
 from kit.lake.files import PartWriter
@@ -39,7 +37,6 @@ from kit.lake.manifest import Account, Manifest, Output
 from kit.lake.store import Lake, StageWriter
 from kit.params import ExtractText
 
-BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20
 PREFILTER_SCORE = 0.8
 """How sure the language of a page's whole text must be before the main text is not even looked for."""
 
@@ -53,12 +50,12 @@ class Html:
     @cached_property
     def tree(self) -> LexborHTMLParser:
         """The parsed page; `blocks` may take nodes out of it, so look for images and the like before."""
-        return blocks.parse(self.source)
+        return walk.parse(self.source)
 
     @cached_property
     def blocks(self) -> blocks.Blocks:
         """The page's text blocks."""
-        return blocks.walk(self.tree)
+        return walk.walk(self.tree)
 
 
 def _resiliparse(html: Html) -> str:
@@ -137,27 +134,12 @@ def _prefilter(cheap: str, p: ExtractText) -> None:
 
     A main text has no more words than the page; the language must be sure, because furniture has one, too.
     """
-    if quality.too_few_words(cheap, dict(p)):
+    if rules.too_few_words(cheap, dict(p)):
         raise RecordError("prefilter: words")
     if p.keep_languages:
         language, score = detect_language(cheap)
         if language not in p.keep_languages and score >= PREFILTER_SCORE:
             raise RecordError("prefilter: language")
-
-
-def verified_page(row: dict[str, Any], raw: bytes, max_page_mb: float) -> Page:
-    """The page in the bytes an index row points at, its URL and digest verified; raises `RecordError`."""
-    limit = int(max_page_mb * 1e6)
-    plain = archive.read_bytes(io.BytesIO(raw), 0, len(raw), row["wrapping"], 2 * limit)
-    is_row = row["wrapping"] in row_files.WRAPPINGS
-    page = row_files.page(plain, row["url"]) if is_row else archive.parse_page(plain, limit)
-    if page.url != row["url"]:
-        raise RecordError("URL is not the index's")
-    # an index may write sha1: before the digest, or know none
-    digest = (row["content_digest"] or "").removeprefix("sha1:")
-    if digest and digest not in page.digests:
-        raise RecordError("digest is not the index's")
-    return page
 
 
 def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> tuple[pa.Table, list[dict]]:
@@ -168,7 +150,7 @@ def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> t
     for name in {r["warc_filename"] for r in rows if r["wrapping"] in row_files.WRAPPINGS}:
         with suppress(ArchiveError):  # each of its rows will say so
             layouts[name] = row_files.layout(f"{base}/{name}", p.rating_column)
-    for batch in _batches(read_rows(base, rows, int(p.max_page_mb * 2e6))):
+    for batch in in_batches(read_rows(base, rows, int(p.max_page_mb * 2e6))):
         packed, dead = guard.in_child(
             partial(_work, p=p, layouts=layouts), batch, p.page_timeout_s, p.page_memory_mb
         )
@@ -217,63 +199,6 @@ def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
 def _failure(row: dict[str, Any], reason: str) -> dict[str, Any]:
     kind = "dropped" if reason in DROPPED else "retry" if fetch.may_retry(reason) else "failed"
     return {k: row[k] for k in ("url", *PLACE)} | {"reason": reason, "kind": kind}
-
-
-def read_rows(
-    base: str, rows: Iterable[dict[str, Any]], max_bytes: int
-) -> Iterator[tuple[dict[str, Any], bytes | RecordError]]:
-    """Every row with its bytes in the archive, or with why they cannot be read; nothing raises."""
-
-    def way(row: dict[str, Any]) -> str:
-        if row["warc_record_length"] > max_bytes:
-            return "too large"
-        return row["warc_filename"] if row["wrapping"].endswith("stream") else "ranges"
-
-    for how, group in groupby(rows, way):
-        if how == "too large":
-            yield from ((row, RecordError("record too large")) for row in group)
-        elif how == "ranges":
-            yield from fetch.read_ranges(base, list(group))
-        else:
-            yield from _read_stream(f"{base}/{how}", group, max_bytes)
-
-
-def _read_stream(
-    uri: str, rows: Iterable[dict[str, Any]], max_bytes: int
-) -> Iterator[tuple[dict[str, Any], bytes | RecordError]]:
-    """Rows of an archive that has to be unpacked as a whole."""
-    f: BinaryIO | None = None
-    for row in rows:
-        place = row["warc_record_offset"], row["warc_record_length"]
-        try:
-            f = f or open_archive(uri, "stream")
-            yield row, archive.read_bytes(f, *place, "stream", max_bytes)
-        except RecordError as error:
-            yield row, error
-    if f:
-        f.close()
-
-
-def _batches(pairs: Iterable[tuple[dict[str, Any], Any]]) -> Iterator[list[tuple[dict[str, Any], Any]]]:
-    """Groups of pages for one child: few enough to do again after a kill, many enough to be worth a fork."""
-    batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[1]) if isinstance(pair[1], bytes) else 0
-        if len(batch) == BATCH_PAGES or size > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def open_archive(uri: str, wrapping: str) -> BinaryIO:
-    """An archive for `archive.read_bytes`; raises `RecordError` when it is not there."""
-    try:
-        f = fsspec.open(uri, "rb").open()
-    except OSError:
-        raise RecordError("archive file missing") from None
-    return archive.unpacked(f) if wrapping.endswith("stream") else f
 
 
 def by_each(selection: Manifest, row: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from selectolax.lexbor import LexborHTMLParser
 
-from kit.data.extract import blocks
+from kit.data.extract import blocks, walk
 from kit.data.extract.page import MAX_COUNT, MAX_JSON_BYTES, MAX_REVIEWS
 from kit.data.read.record import host_name
 from kit.data.read.rows import NAMES, Layout, column_key, first_value, rating_of, row_fields
@@ -45,7 +45,7 @@ def document(text: str, told: Layout, text_column: str = "", rating_column: str 
 def _plain(text: str) -> str:
     """Text without the mark-up that reviews are often stored with."""
     if TAG.search(text):
-        return blocks.all_text(blocks.walk(blocks.parse(text))).strip()
+        return blocks.all_text(walk.walk(walk.parse(text))).strip()
     return (html.unescape(text) if "&" in text else text).strip()
 
 

@@ -22,6 +22,7 @@ from ftfy.badness import MOJIBAKE_CATEGORIES
 from kit.data.engine.spark import run_tasks
 from kit.data.extract.schema import DOCUMENT
 from kit.data.refine import features, pii, quality
+from kit.data.text import rules
 from kit.data.text.language import detect_language
 from kit.errors import ParamError
 from kit.lake.manifest import Account, Manifest
@@ -46,7 +47,7 @@ REPAIR = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False
 )
 # 64 bits: with 32 a value on its threshold would be judged one way here and another way by `Verdicts`
-TAGS = pa.struct([(name, pa.float64()) for name in quality.COLUMNS])
+TAGS = pa.struct([(name, pa.float64()) for name in rules.COLUMNS])
 PII = pa.struct([(kind, pa.int32()) for kind in pii.TYPES])
 REFINED = pa.schema(
     [
@@ -106,7 +107,7 @@ def refine_rows(rows: list[dict[str, Any]], p: Refining) -> list[dict[str, Any]]
     """
     texts = [repair(row["text"]) for row in rows]
     languages = [detect_language(text) for text in texts]
-    sets, empty = measured(p), dict.fromkeys(quality.COLUMNS)
+    sets, empty = measured(p), dict.fromkeys(rules.COLUMNS)
     moving = [quality.measure(text, sets, p.c4_lines) for text in texts]
     tags = [empty | values for _, values in moving]
     if "url" in sets:
@@ -167,8 +168,8 @@ def judge_batch(table: pa.Table, p: Refining) -> pa.Table:
 def check(p: Refining) -> None:
     """Raise `ParamError` for words in lists that name no rule set, threshold, type or feature."""
     known = {
-        "quality_rules": quality.RULE_SETS,
-        "tag_rules": quality.RULE_SETS,
+        "quality_rules": rules.RULE_SETS,
+        "tag_rules": rules.RULE_SETS,
         "pii_types": pii.TYPES,
         "features": features.FEATURES,
     }
@@ -177,7 +178,7 @@ def check(p: Refining) -> None:
             if word not in words:
                 hint = nearest(word, list(words)) or f"; there are {', '.join(words)}"
                 raise ParamError(f"parameter '{name}': there is no '{word}'{hint}")
-    quality.overrides(tuple(p.thresholds))
+    rules.overrides(tuple(p.thresholds))
     quality.blocklist(p.blocked_urls)
 
 
@@ -250,9 +251,9 @@ class Verdicts:
         if p.keep_languages:
             kept = ", ".join("'" + x.replace("'", "''") + "'" for x in p.keep_languages)
             language.append(f"WHEN lang NOT IN ({kept}) THEN 'language: not kept'")
-        scope = {"english": "lang = 'en'", "spaces": f"lang NOT IN {tuple(sorted(quality.UNSPACED))}"}
+        scope = {"english": "lang = 'en'", "spaces": f"lang NOT IN {tuple(sorted(rules.UNSPACED_LANGUAGES))}"}
         cases: dict[bool, list[str]] = {True: [], False: []}
-        for rule in (r for r in quality.RULES if r.rule_set in p.quality_rules):
+        for rule in (r for r in rules.RULES if r.rule_set in p.quality_rules):
             low, high = rule.bounds(params)
             limits = [f"{rule.column} < '{low}'::DOUBLE"] if low is not None else []
             limits += [f"{rule.column} > '{high}'::DOUBLE"] if high is not None else []

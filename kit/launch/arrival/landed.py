@@ -20,7 +20,7 @@ from urllib.parse import quote
 import pyarrow as pa
 
 from kit.data.engine import guard
-from kit.data.extract import blocks
+from kit.data.extract import walk
 from kit.data.extract.extract import extract_rows
 from kit.data.extract.schema import DOCUMENT, DROPPED, PLACE
 from kit.data.read import charset
@@ -170,7 +170,7 @@ def json_texts(data: bytes) -> Iterator[tuple[int, int, bytes | RecordError, str
 
 def page_url(payload: bytes) -> str | None:
     """The address that a page claims for itself: its canonical link or its og:url."""
-    tree = blocks.parse(charset.decode(payload, None)[0])
+    tree = walk.parse(charset.decode(payload, None)[0])
     for query, attribute in (('link[rel="canonical"]', "href"), ('meta[property="og:url"]', "content")):
         node = tree.css_first(query)
         url = ((node.attributes.get(attribute) if node else None) or "").strip()

@@ -138,8 +138,8 @@ def datatrove_counts(logs: Path) -> dict[str, int]:
 
 def kit_filters(texts: str) -> dict[str, int]:
     """Repair, language and every rule of the kit on texts (a file as `extract` writes it); no masks, no features."""
-    from kit.data.refine.quality import RULE_SETS
     from kit.data.refine.refine import refine_rows
+    from kit.data.text.rules import RULE_SETS
     from kit.params import RefineText
 
     p = RefineText(quality_rules=list(RULE_SETS), tag_rules=[], pii_types=[], features=[])

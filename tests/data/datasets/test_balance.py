@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from kit.data.datasets import balance, packing
-from kit.data.datasets.balance import assign, balance_tokenization, cut, encode, load_tokenizer, slices
+from kit.data.datasets import balance, packing, partitions
+from kit.data.datasets.balance import balance_tokenization, cut, encode, load_tokenizer, slices
+from kit.data.datasets.partitions import assign
 from kit.errors import ParamError
 from kit.lake.manifest import Counts
 from kit.lake.store import Lake
@@ -114,7 +115,7 @@ def test_huffman_keeps_grahams_bound_whatever_the_loads():
     for _ in range(60):
         n, k = rng.integers(1, 400), int(rng.integers(1, 40))
         loads = rng.pareto(rng.uniform(0.6, 3), n) + 1e-6
-        heaviest = max(loads.max(), loads.sum() / k / balance.GROUPS)
+        heaviest = max(loads.max(), loads.sum() / k / partitions.GROUPS)
         found = np.bincount(assign("huffman", [""] * n, loads.tolist(), k), loads, k)
         assert found.max() <= loads.sum() / k + heaviest + 1e-6
 
@@ -207,7 +208,7 @@ def test_sixty_four_partitions_of_real_texts_are_even(real_data, tokenizer):
     with open(real_data / "reviews.csv", encoding="utf-8", newline="") as f:
         real += [r["text"] for r in csv.DictReader(f)]
     real = [t for t in real if t]
-    limit = sum(len(t.encode()) for t in real) // (64 * balance.GROUPS)
+    limit = sum(len(t.encode()) for t in real) // (64 * partitions.GROUPS)
     cuts = [cut(t, max(limit * len(t) // len(t.encode()), 1)) for t in real]
     tokens = np.array([len(x) for x in encode(tokenizer, [x for c in cuts for x in c])])
     parts = assign("huffman", [], balance.estimate([balance.probe(tokenizer, c) for c in cuts]).tolist(), 64)

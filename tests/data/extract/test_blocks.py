@@ -9,7 +9,9 @@ import pytest
 
 from kit import ROOT
 from kit.data.extract import blocks
-from kit.data.extract.blocks import all_text, choose, extract, features, main_text, parse, walk
+from kit.data.extract import walk as walk_module
+from kit.data.extract.blocks import all_text, choose, extract, features, main_text
+from kit.data.extract.walk import parse, walk
 from kit.data.read import archive
 from kit.errors import KitError
 from kit.measure.data import scores as scores_module
@@ -150,8 +152,8 @@ def test_a_text_does_not_depend_on_pages_before(monkeypatch: pytest.MonkeyPatch)
         ARTICLE.replace("post-content", f"x{i} content").replace("h2", f"h{1 + i % 5}") for i in range(6)
     ]
     alone = [extract(p) for p in pages]
-    monkeypatch.setattr(blocks, "MAX_STEPS", 1)
-    monkeypatch.setattr(blocks, "MAX_WORDS", 1)
+    monkeypatch.setattr(walk_module, "MAX_STEPS", 1)
+    monkeypatch.setattr(walk_module, "MAX_WORDS", 1)
     assert [extract(p) for p in reversed(pages)] == alone[::-1]
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import SAMPLE
 
-from kit.data.extract.extract import verified_page
+from kit.data.extract.source import verified_page
 from kit.data.read import archive, fetch, polite
 from kit.data.read.fetch import may_retry, plan_ranges, read_ranges
 from kit.errors import FetchError, Missing, RecordError

@@ -13,20 +13,17 @@ import pytest
 from kit import ROOT
 from kit.data.refine.quality import (
     BULLETS,
-    COLUMNS,
     ELLIPSES,
     LINE_PHRASES,
-    RULE_SETS,
-    RULES,
     blocklist,
     c4,
     failing,
     measure,
     measure_url,
-    overrides,
 )
 from kit.data.text import words
 from kit.data.text.language import detect_language
+from kit.data.text.rules import COLUMNS, RULE_SETS, RULES, overrides
 from kit.data.text.words import word_count
 from kit.errors import ParamError
 from kit.params import RefineText

@@ -22,6 +22,7 @@ from kit.data.read import archive
 from kit.data.trace import trace
 from kit.errors import EventError, LakeError
 from kit.lake.store import Lake
+from kit.launch.arrival import event as event_module
 from kit.launch.arrival import landed, on_arrival
 from kit.launch.arrival.on_arrival import commits, handle, handler, put, read_manifest, zone
 from kit.launch.arrival.watch import event_of, linked_images, outcomes, refine_on_arrival, watch
@@ -152,7 +153,7 @@ BRIDGE = {
     ids=["s3", "sqs", "sns-sqs", "eventbridge", "eventbridge-sqs", "sns"],
 )  # fmt: skip
 def test_every_wrapping_holds_the_same_object(shape: dict) -> None:
-    (x,) = on_arrival.landed(shape)
+    (x,) = event_module.landed(shape)
     assert x.path == "lake/a/raw/r/x y+z.html" and x.version == "096fKKXTRTtl3on89fVO.nfljtsv6qko"
     assert x.sequencer == "0a1b2c3d4e5f678901".ljust(32, "0") and x.time.startswith("2026-02-03T04:05:06")
 
@@ -160,12 +161,12 @@ def test_every_wrapping_holds_the_same_object(shape: dict) -> None:
 def test_a_batch_holds_all_its_objects_and_what_is_no_creation_is_left_out() -> None:
     gone = record("lake", "b") | {"eventName": "ObjectRemoved:Delete"}
     copied = record("lake", "c") | {"eventName": "s3:ObjectCreated:CompleteMultipartUpload"}
-    assert [x.path for x in on_arrival.landed({"Records": [record("lake", "a"), gone, copied]})] == [
+    assert [x.path for x in event_module.landed({"Records": [record("lake", "a"), gone, copied]})] == [
         "lake/a",
         "lake/c",
     ]
-    assert on_arrival.landed({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "lake"}) == []
-    assert on_arrival.landed(BRIDGE | {"detail-type": "Object Deleted"}) == []
+    assert event_module.landed({"Service": "Amazon S3", "Event": "s3:TestEvent", "Bucket": "lake"}) == []
+    assert event_module.landed(BRIDGE | {"detail-type": "Object Deleted"}) == []
 
 
 @pytest.mark.parametrize(
@@ -173,15 +174,15 @@ def test_a_batch_holds_all_its_objects_and_what_is_no_creation_is_left_out() -> 
 )
 def test_what_is_no_s3_event_is_said(bad: dict) -> None:
     with pytest.raises(EventError, match="no S3 event"):
-        on_arrival.landed(bad)
+        event_module.landed(bad)
 
 
 def test_the_longer_sequencer_is_not_always_the_later() -> None:
     orders = [
-        on_arrival.landed({"Records": [record("b", "k", s)]})[0].sequencer
+        event_module.landed({"Records": [record("b", "k", s)]})[0].sequencer
         for s in ("0055AED6DC", "0055AED6DCD902")
     ]
-    other = on_arrival.landed({"Records": [record("b", "k", "0055AED7")]})[0].sequencer
+    other = event_module.landed({"Records": [record("b", "k", "0055AED7")]})[0].sequencer
     assert orders[0] < orders[1] < other
 
 
@@ -666,5 +667,5 @@ def test_a_version_is_read_though_a_newer_one_is_there(s3: str, pages: list[byte
 
 
 def test_what_the_watch_makes_is_what_aws_sends(lake: Lake) -> None:
-    (x,) = on_arrival.landed(event_of(lake, "raw/r/a+b ü%41.html", 1.7e9))
+    (x,) = event_module.landed(event_of(lake, "raw/r/a+b ü%41.html", 1.7e9))
     assert x.path == f"{lake.root}/raw/r/a+b ü%41.html" and x.time == "2023-11-14T22:13:20.000Z"

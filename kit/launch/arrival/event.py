@@ -1,0 +1,49 @@
+"""Which file has landed: events of S3, of SQS around them, and of a watched folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
+
+from kit.errors import EventError
+
+
+class Landed(NamedTuple):
+    """A created object, `path` is bucket and key; of two of one path the one with the greater sequencer is later."""
+
+    path: str
+    sequencer: str
+    version: str | None = None
+    time: str = ""
+
+
+def landed(event: Mapping[str, Any]) -> list[Landed]:
+    """The created objects of an event of S3, SQS, SNS or EventBridge, however wrapped; raises `EventError`."""
+    try:
+        if event.get("Event") == "s3:TestEvent":
+            return []
+        if event.get("Type") == "Notification":  # SNS → SQS
+            return landed(json.loads(event["Message"]))
+        if "detail" in event:  # EventBridge, which unlike S3 itself does not encode keys
+            made = event["detail-type"] == "Object Created"
+            return [_object(event["detail"], event["time"], str)] if made else []
+        found = []
+        for record in event["Records"]:
+            if "body" in record or "Sns" in record:
+                found += landed(json.loads(record["body"] if "body" in record else record["Sns"]["Message"]))
+            elif "ObjectCreated" in record["eventName"]:
+                found.append(_object(record["s3"], record["eventTime"], unquote_plus))
+        return found
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise EventError(f"no S3 event: {type(error).__name__} {error}") from None
+
+
+def _object(told: Mapping[str, Any], at: str, decoded: Callable[[str], str]) -> Landed:
+    thing = told["object"]
+    # the shorter of two sequencers is to be filled up with zeros on the right (AWS); without one, the time must do
+    order = (thing.get("sequencer") or re.sub(r"\D", "", at)).lower().ljust(32, "0")
+    version = thing.get("versionId") or thing.get("version-id")
+    return Landed(f"{told['bucket']['name']}/{decoded(thing['key'])}", order, version, at)
