@@ -50,7 +50,9 @@ def test_the_selection_of_athena_is_the_one_that_stage_10_saved(
     explored = data_lake.need("sample", "10_explore_index")
     told = athena.statements(asked, athena.selection_of(asked, explored))
     sql = next(s.sql for s in told if s.name == "select")
-    assert Index(ExploreIndex()).sql(sql) == data_lake.table(explored).to_pylist()
+    answer = Index(ExploreIndex()).sql(sql)
+    # the identity of a row is made of the others, by stage 10 itself
+    assert answer == data_lake.table(explored, columns=list(answer[0])).to_pylist()
 
 
 def test_the_table_has_the_columns_and_types_of_the_true_one() -> None:

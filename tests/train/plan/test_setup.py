@@ -159,5 +159,5 @@ def test_the_parameters_of_60_come_back_to_few_modules(tmp_path):
         finetune(p, lake)
 
     entered = entries(whole_trip)
-    assert "train/setup.py" in entered and "train/sft.py" in entered
+    assert "train/plan/setup.py" in entered and "train/tune/sft.py" in entered
     assert len(entered) - len(set(entered)) <= 10, entered
