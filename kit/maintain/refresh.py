@@ -52,6 +52,7 @@ def refresh_notebooks(*numbers: str) -> None:
         }
         for cell in notebook.cells:
             cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+            cell.source = cell.source.splitlines(keepends=True)  # a line a line, for whoever reads a diff
             if cell.cell_type == "code":
                 cell.outputs = [o for o in map(_committed, cell.outputs) if o]
         path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
