@@ -57,12 +57,14 @@ def test_parameters_cell_repeats_the_defaults(notebook):
     assert {k: type(v) for k, v in values.items()} == {k: type(v) for k, v in defaults.items()}
 
 
-def test_cells_are_thin_and_define_nothing(notebook):
+def test_cells_are_thin(notebook):
     for source, cell in code(notebook):
         assert "parameters" in cell["metadata"].get("tags", []) or source.count("\n") < 16
         # 21 is about a function that a person writes: into a file of its own
         if not source.startswith("%%writefile jobs/my_"):
-            assert not re.search(r"^\s*(def|class) |pip install|^!", source, re.MULTILINE)
+            assert not re.search(r"^\s*class |pip install|^!", source, re.MULTILINE)
+            # a lambda with a name is a def that is harder to read and to find in a traceback
+            assert not re.search(r"^\w+ = lambda\b", source, re.MULTILINE)
 
 
 def test_metadata_is_clean(notebook):
