@@ -16,6 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 """The checkout: relative paths in recipes and notebooks start here."""
 
 
-def resolve(path: str) -> str:
+def resolve_path(path: str) -> str:
     """Absolute form of a local `path` (relative ones start at the checkout); URLs pass unchanged."""
     return path if "://" in path else str((ROOT / Path(path).expanduser()).resolve())

@@ -22,13 +22,13 @@ from kit.params import (
     Training,
     Tuning,
     check_paths,
+    did_you_mean,
     for_stage,
     from_here,
     is_path,
     known_fields,
     load_recipe,
-    nearest,
-    validate,
+    validate_recipe,
 )
 from kit.show import Table, printable
 from kit.train.models import load
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words and not words[0].startswith("-") and words[0] not in COMMANDS:
             raise ParamError(
-                f"no command '{words[0]}'{nearest(words[0], list(COMMANDS))} (kit --help shows the words)"
+                f"no command '{words[0]}'{did_you_mean(words[0], list(COMMANDS))} (kit --help shows the words)"
             )
         args = parser().parse_args(words)
         if args.command is None:
@@ -111,11 +111,11 @@ def recipe_values(args: argparse.Namespace) -> dict[str, Any]:
         if not equals:
             raise ParamError(f"-p takes NAME=VALUE, got '{word}'")
         if name not in known_fields():
-            raise ParamError(f"unknown parameter '{name}'{nearest(name, known_fields())}")
+            raise ParamError(f"unknown parameter '{name}'{did_you_mean(name, known_fields())}")
         values[name] = from_here(name, value) if is_path(name) else value
     if args.lake:
         values["lake"] = from_here("lake", args.lake)
-    validate(values)
+    validate_recipe(values)
     check_paths(values)
     return values
 
@@ -128,7 +128,7 @@ def _lake(given: str | None) -> Lake:
 def _run(args: argparse.Namespace) -> int:
     values = recipe_values(args)
     stages = pipeline.pick(args.first, args.last, args.only)
-    lake = pipeline.run(values, stages, args.force)
+    lake = pipeline.run_stages(values, stages, args.force)
     found = pipeline.states(lake, values)
     print(f"\n{report.stage_table(lake, values['run'], found)}")
     if stages[-1] == list(STAGES)[-1]:
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"\n{title}")
             # completions do not fit side by side on a terminal
             print(table.one_field_a_line() if len(table.columns) > 3 else table)
-    print(f"\nreport: {report.write(lake, values['run'], found)}")
+    print(f"\nreport: {report.write_report(lake, values['run'], found)}")
     return 0
 
 
@@ -147,7 +147,7 @@ def _status(args: argparse.Namespace) -> int:
         values = load_recipe(args.run)
         args.run = values.get("run", Path(args.run).stem)
     if args.run and args.run not in runs:
-        raise ParamError(f"no run '{args.run}' in {lake.uri}{nearest(args.run, runs)}")
+        raise ParamError(f"no run '{args.run}' in {lake.uri}{did_you_mean(args.run, runs)}")
     for run in [args.run] if args.run else runs:
         # without a recipe, a run is compared with the parameters it was made with
         known = {k: v for m in lake.manifests(run) for k, v in m.params.items()}
@@ -187,7 +187,7 @@ def _estimate(args: argparse.Namespace) -> int:
     rows = []
     for cls in STAGES.values():
         p = for_stage(cls, values)
-        rows.append(cost.estimate(p, pages, lake.manifest(p.run, p.stage), planned.get(p.stage)))
+        rows.append(cost.estimate_stage(p, pages, lake.manifest(p.run, p.stage), planned.get(p.stage)))
         days = rows[-1].seconds / 86_400
         if days > 1 and p.stage < "60" and not isinstance(p, Cores):
             warnings.append(
@@ -212,10 +212,10 @@ def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
     """Stage 60 on several GPUs under each parallel strategy: a table of memory, one of time, the model they follow."""
     from kit.train.plan import fit, scaling
     from kit.train.plan.machine import GPUS
-    from kit.train.plan.setup import resolve
+    from kit.train.plan.setup import resolve_setup
 
     machine, ranks = GPUS[args.gpu.lower()], args.gpus * args.nodes
-    work, reached = scaling.work_of(resolve(p, machine=machine)), fit.EFFICIENCY["gpu"]
+    work, reached = scaling.work_of(resolve_setup(p, machine=machine)), fit.EFFICIENCY["gpu"]
     inside, between = scaling.GB_PER_S[args.gpu.lower()], args.network_gbps / 8
     links = scaling.Links(inside, between, machine.flops_per_s * reached, args.gpus)
     # groups within a node, as large as the model's heads allow
@@ -276,7 +276,9 @@ def _planned(
 
     known_gpus = list(machines.GPUS)
     if gpu and gpu.lower() not in known_gpus:
-        raise ParamError(f"unknown GPU '{gpu}'{nearest(gpu, known_gpus)}; known: {', '.join(known_gpus)}")
+        raise ParamError(
+            f"unknown GPU '{gpu}'{did_you_mean(gpu, known_gpus)}; known: {', '.join(known_gpus)}"
+        )
     found, warnings = {}, []
     for p, known in zip(stages, usual, strict=True):
         here = None if gpu else machines.this_machine(load.pick_dtype(p.dtype))

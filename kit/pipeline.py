@@ -20,10 +20,10 @@ from typing import Any
 from kit import ROOT, process
 from kit.errors import LakeError, ParamError, StageFailed
 from kit.lake.code import code_identity
-from kit.lake.files import explained, fingerprint
-from kit.lake.manifest import Input, Manifest, losses
+from kit.lake.files import fingerprint, store_errors
+from kit.lake.manifest import Input, Manifest, counts_line
 from kit.lake.store import Lake
-from kit.params import NOTEBOOKS, STAGES, Stage, for_stage, nearest
+from kit.params import NOTEBOOKS, STAGES, Stage, did_you_mean, for_stage
 from kit.progress import PROGRESS_FILE
 
 FOLDER = ROOT / "notebooks"
@@ -95,7 +95,7 @@ def pick(first: str | None, last: str | None, only: str | None) -> list[str]:
         match = [i for i, n in enumerate(names) if n == word or n[:2] == word]
         if not match:
             numbers = ", ".join(n[:2] for n in names)
-            raise ParamError(f"no stage '{word}'{nearest(word, names)}; stages are {numbers}")
+            raise ParamError(f"no stage '{word}'{did_you_mean(word, names)}; stages are {numbers}")
         return match[0]
 
     if only:
@@ -106,7 +106,7 @@ def pick(first: str | None, last: str | None, only: str | None) -> list[str]:
     return names[start : end + 1]
 
 
-def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> Lake:
+def run_stages(values: Mapping[str, Any], stages: list[str], force: bool = False) -> Lake:
     """Run `stages` in order, skipping what is done; raises `StageFailed` at the first that fails."""
     models = {name: for_stage(NOTEBOOKS[name], values) for name in stages}
     lake = Lake(models[stages[0]].lake)
@@ -115,11 +115,11 @@ def run(values: Mapping[str, Any], stages: list[str], force: bool = False) -> La
         p = models[name]
         now = state(lake, p)
         if now.status == "done" and not force:
-            print(f"{name:24} done before · {losses(now.manifest.counts)}")
+            print(f"{name:24} done before · {counts_line(now.manifest.counts)}")
             continue
         manifest = run_stage(lake, p)
         seconds = lake.execution(p.run, name).seconds
-        print(f"{name:24} {seconds:6.1f} s · {losses(manifest.counts)}", flush=True)
+        print(f"{name:24} {seconds:6.1f} s · {counts_line(manifest.counts)}", flush=True)
     return lake
 
 
@@ -151,7 +151,7 @@ def run_stage(lake: Lake, p: Stage) -> Manifest:
             error = f"{problem.ename}: {problem.evalue}".strip().replace("\n", " ")
         except Exception as problem:  # nbclient raises its own kinds when a kernel dies or cannot start
             error = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else 'the kernel died'}"
-        with explained(f"cannot write {target}"):
+        with store_errors(f"cannot write {target}"):
             lake.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             for written, to in ((local, target), (log, target.replace(".ipynb", ".log"))):
                 if written.exists() and written.stat().st_size:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from kit.lake.files import explained
-from kit.lake.manifest import Manifest, losses
+from kit.lake.files import store_errors
+from kit.lake.manifest import Manifest, counts_line
 from kit.lake.store import Lake
 from kit.pipeline import State
-from kit.show import Table, escape, lines, page
+from kit.show import Table, escape, html_page, lines
 
 
 def stage_table(lake: Lake, run: str, states: list[State]) -> Table:
@@ -37,7 +37,7 @@ def stage_table(lake: Lake, run: str, states: list[State]) -> Table:
     return Table(rows, width=60)
 
 
-def write(lake: Lake, run: str, states: list[State]) -> str:
+def write_report(lake: Lake, run: str, states: list[State]) -> str:
     """Write the run's page `reports/<run>/index.html`: completions, perplexity, stages, loss curves; returns its path."""
     manifests = [state.manifest for state in states if state.manifest]
     parts = [_section(title, table._repr_html_()) for title, table in results(lake, run)]
@@ -49,9 +49,9 @@ def write(lake: Lake, run: str, states: list[State]) -> str:
     if manifests:
         parts.append(_versions(manifests[-1]))
     path = f"{lake.root}/reports/{run}/index.html"
-    with explained(f"cannot write {path}"):
+    with store_errors(f"cannot write {path}"):
         lake.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        lake.fs.pipe_file(path, page(f"Run {run}", *parts).encode("utf-8", "replace"))
+        lake.fs.pipe_file(path, html_page(f"Run {run}", *parts).encode("utf-8", "replace"))
     return path if lake.uri == lake.root else lake.fs.unstrip_protocol(path)
 
 
@@ -61,7 +61,7 @@ def _section(title: str, markup: str) -> str:
 
 def _losses(manifests: list[Manifest]) -> str:
     """One line a stage, that says where its records went."""
-    items = (f"<li><b>{escape(m.stage)}</b>: {escape(losses(m.counts))}</li>" for m in manifests)
+    items = (f"<li><b>{escape(m.stage)}</b>: {escape(counts_line(m.counts))}</li>" for m in manifests)
     return f"<ul>{''.join(items)}</ul>"
 
 

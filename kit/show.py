@@ -50,13 +50,13 @@ class Table:
     def _repr_html_(self) -> str:
         first = self.rows[0] if self.rows else {}
         head = "".join(
-            f'<th style="text-align:{align(first.get(c))};{CELL};border-bottom:1px solid {PALE}">{escape(str(c))}</th>'
+            f'<th style="text-align:{cell_align(first.get(c))};{CELL};border-bottom:1px solid {PALE}">{escape(str(c))}</th>'
             for c in self.columns
         )
         body = "".join(
             "<tr>"
             + "".join(
-                f'<td style="text-align:{align(row.get(c))};{CELL}">{html.escape(self.cell(row.get(c)))}</td>'
+                f'<td style="text-align:{cell_align(row.get(c))};{CELL}">{html.escape(self.cell(row.get(c)))}</td>'
                 for c in self.columns
             )
             + "</tr>"
@@ -71,7 +71,7 @@ class Table:
     def __repr__(self) -> str:
         cells = [[self.cell(row.get(c)).replace("\n", " ") for c in self.columns] for row in self.rows]
         widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(self.columns)]
-        numeric = [all(align(row.get(c)) == "right" for row in self.rows) for c in self.columns]
+        numeric = [all(cell_align(row.get(c)) == "right" for row in self.rows) for c in self.columns]
         lines = [self.columns, *cells]
         return "\n".join(
             "  ".join(
@@ -88,7 +88,7 @@ class Table:
         return "\n".join(lines)
 
 
-def align(value: Any) -> str:
+def cell_align(value: Any) -> str:
     """`right` for numbers and missing values, `left` for words."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return "right" if value is None or number else "left"
@@ -109,7 +109,7 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
-def page(title: str, *parts: str) -> str:
+def html_page(title: str, *parts: str) -> str:
     """A self-contained HTML page; `parts` are HTML that the caller has escaped."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -176,7 +176,7 @@ def lines(series: Mapping[str, Sequence[float]], title: str, x: str, y: str) -> 
     return ax
 
 
-class Page:
+class TrustedHtml:
     """HTML made here, for a notebook to show; its author has escaped what came from outside."""
 
     def __init__(self, markup: str) -> None:
@@ -189,12 +189,12 @@ class Page:
         return printable(html.unescape(re.sub(r"<[^>]*>", " ", self.markup))).strip()
 
 
-def stack(*parts: Any) -> Page:
+def stack(*parts: Any) -> TrustedHtml:
     """Tables and pages, one below the other."""
-    return Page("".join(part._repr_html_() for part in parts))
+    return TrustedHtml("".join(part._repr_html_() for part in parts))
 
 
-def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Page:
+def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> TrustedHtml:
     """Two texts side by side, words that are in one only marked; of long ones the beginning (finding differences
     takes time as the square of the words)."""
     import difflib
@@ -211,15 +211,15 @@ def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Page
         f'<td style="width:50%;vertical-align:top;text-align:left;padding-right:1em"><b>{escape(name)}</b><br>{" ".join(s)}</td>'
         for name, s in zip(names, sides, strict=True)
     )
-    return Page(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
+    return TrustedHtml(f'<table style="table-layout:fixed;width:100%"><tr>{cells}</tr></table>')
 
 
-def text_page(title: str, text: str, **facts: Any) -> Page:
+def text_page(title: str, text: str, **facts: Any) -> TrustedHtml:
     """One text from the web, with facts about it, escaped."""
     told = " · ".join(f"{escape(k)} <b>{escape(str(v))}</b>" for k, v in facts.items() if v not in (None, ""))
     body = escape(text).replace("\n", "<br>")
     style = f"max-height:22em;overflow:auto;border-left:3px solid {PALE};padding-left:1em;max-width:60em"
-    return Page(f'<b>{escape(title)}</b><br><small>{told}</small><div style="{style}">{body}</div>')
+    return TrustedHtml(f'<b>{escape(title)}</b><br><small>{told}</small><div style="{style}">{body}</div>')
 
 
 def explore(render: Any, **choices: Any) -> Any:

@@ -109,7 +109,7 @@ def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run", stop)
+    monkeypatch.setattr(pipeline, "run_stages", stop)
     assert main(["run", DEMO]) == 1
     assert "run again to go on" in capsys.readouterr().err
 

@@ -133,7 +133,7 @@ def test_a_broken_notebook_is_one_line_and_leaves_the_last_good_result(
 
 def test_the_report_of_a_run_is_a_page(lake):
     make_all(lake)
-    path = report.write(lake, "r", states(lake, {**VALUES, "lake": lake.uri}))
+    path = report.write_report(lake, "r", states(lake, {**VALUES, "lake": lake.uri}))
     text = lake.fs.cat_file(path).decode()
     assert text.startswith("<!doctype html>") and all(name in text for name in STAGES)
 

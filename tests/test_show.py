@@ -17,7 +17,7 @@ def test_text_from_the_web_is_escaped_wherever_it_is_shown():
         show.Table([{EVIL: EVIL}])._repr_html_(),
         show.text_page(EVIL, EVIL, host=EVIL)._repr_html_(),
         show.difference(EVIL, "b " + EVIL)._repr_html_(),
-        show.page(EVIL),
+        show.html_page(EVIL),
         widget.children[-1].value,
     ]
     for markup in shown:
@@ -62,7 +62,10 @@ def test_progress_says_how_far_and_how_long(monkeypatch, tmp_path):
 
 def test_a_widget_follows_its_controls():
     widget = show.explore(
-        lambda n, word, name: show.Page(f"{n} {word} {name}"), n=(0, 10, 1, 2), word=["a", "b"], name="x"
+        lambda n, word, name: show.TrustedHtml(f"{n} {word} {name}"),
+        n=(0, 10, 1, 2),
+        word=["a", "b"],
+        name="x",
     )
     number, word, name, view = widget.children
     assert ">2 a x<" in view.value
@@ -74,7 +77,9 @@ def test_a_choice_can_follow_the_choices_before_it():
     sites = {("a", "x"): ["ax1", "ax2"], ("a", "y"): ["ay"], ("b", "x"): ["bx"]}
     asked = []
     widget = show.explore(
-        lambda crawl, kind, site: asked.append((crawl, kind, site)) or show.Page(f"{crawl} {kind} {site}"),
+        lambda crawl, kind, site: (
+            asked.append((crawl, kind, site)) or show.TrustedHtml(f"{crawl} {kind} {site}")
+        ),
         crawl=["a", "b"],
         kind=lambda crawl: sorted(k for c, k in sites if c == crawl),
         site=lambda crawl, kind: sites[crawl, kind],

@@ -31,8 +31,8 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 
-from kit import resolve
-from kit.data.engine.spark import plan
+from kit import resolve_path
+from kit.data.engine.spark import plan_parts
 from kit.data.read import archive
 from kit.data.read.archive import Record
 from kit.data.read.rate import run_at_rate
@@ -50,7 +50,7 @@ FAILURE = pa.schema(
 
 
 @dataclass(frozen=True)
-class Job:
+class OwnJob:
     """A person's function, and what becomes of its rows."""
 
     record: Callable[[Record], Any]
@@ -81,7 +81,7 @@ class Tally:
 
 
 @functools.cache
-def load_job(source: str, path: str) -> Job:
+def load_job(source: str, path: str) -> OwnJob:
     """The job in a Python file's text; raises `JobError`. Its code runs with this process's rights."""
     names: dict[str, Any] = {"__name__": "kit_job", "__file__": path}
     try:
@@ -101,10 +101,12 @@ def load_job(source: str, path: str) -> Job:
         raise JobError(
             f'job \'{path}\' sets neither SCHEMA = {{"column": "string", …}} nor COUNT_BY = ["column"]'
         )
-    return Job(names["record"], schema, count_by)
+    return OwnJob(names["record"], schema, count_by)
 
 
-def run_archives(job: Job, files: Sequence[tuple[str, str]], path: str = "", max_records: int = 0) -> Tally:
+def run_archives(
+    job: OwnJob, files: Sequence[tuple[str, str]], path: str = "", max_records: int = 0
+) -> Tally:
     """Apply a job to archives, `(path, name)` each, one after the other, up to `max_records` records (0 = all)."""
     tally = Tally()
     for found in _records(files, tally):
@@ -168,7 +170,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
             if "://" not in path:
                 out.read_outside(path)
         sizes = [_size(path, p.part_mb * 1e6) for path, _ in archives]
-        shares = [range(len(archives))] if p.max_records else plan(sizes, p.part_mb * 1e6)
+        shares = [range(len(archives))] if p.max_records else plan_parts(sizes, p.part_mb * 1e6)
         writer, name, most = out.parts, p.job, p.max_records
 
         def work(task: tuple[int, list[tuple[str, str]]]) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
 
 def selected_archives(lake: Lake, selection: Manifest) -> list[tuple[str, str]]:
     """`(path, name)` of every archive that a selection of stage 10 has pages in."""
-    base = resolve(selection.metrics["archive_base"])
+    base = resolve_path(selection.metrics["archive_base"])
     listed = lake.fs.cat_file(lake.paths(selection, "archives.txt")[0]).decode().splitlines()
     return [(f"{base}/{name}", name) for name in listed]
 
@@ -210,7 +212,7 @@ def _accounts(tallies: list[Tally], groups: int) -> Counts:
     return whole.counts()
 
 
-def _counted(job: Job, groups: Counter[tuple[Any, ...]]) -> pa.Table:
+def _counted(job: OwnJob, groups: Counter[tuple[Any, ...]]) -> pa.Table:
     """Groups as rows, largest first, `n` behind the columns they are counted by; raises `JobError`."""
     found = sorted(groups.items(), key=lambda x: (-x[1], str(x[0])))
     try:

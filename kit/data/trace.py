@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.extract.source import open_archive
 from kit.data.read import archive, rows
 from kit.data.read.charset import decode
@@ -136,7 +136,7 @@ def _lines(
     manifest = lake.need(run, "10_explore_index")
     return [
         *lines,
-        f"          {_proof(resolve(manifest.metrics['archive_base']), selected or doc, doc, text)}",
+        f"          {_proof(resolve_path(manifest.metrics['archive_base']), selected or doc, doc, text)}",
     ]
 
 
@@ -162,7 +162,7 @@ def _proof(base: str, selected: dict[str, Any], doc: dict[str, Any], text: str) 
                 f, doc["warc_record_offset"], doc["warc_record_length"], wrapping, 1 << 30
             )
         is_row = wrapping in rows.WRAPPINGS
-        page = rows.page(raw, doc["url"]) if is_row else archive.parse_page(raw, 1 << 30)
+        page = rows.row_page(raw, doc["url"]) if is_row else archive.parse_page(raw, 1 << 30)
     except RecordError as error:
         return f"the bytes there cannot be read now: {error}"
     source = decode(page.payload, page.charset)[0]

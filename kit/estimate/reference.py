@@ -31,7 +31,7 @@ def read(name: str) -> dict[str, Any]:
     return json.loads(_file(name).read_text(encoding="utf-8"))
 
 
-def write(name: str, manifest: Manifest, machine: str, figures: Mapping[str, Any]) -> None:
+def write_reference(name: str, manifest: Manifest, machine: str, figures: Mapping[str, Any]) -> None:
     """Record `figures` as `name`, with the date and the commit of `manifest`, which was made on `machine`."""
     changed = "+" if manifest.code["dirty"] else ""  # not quite that commit
     made_by = {

@@ -27,7 +27,7 @@ class Estimate:
     rate_from: str
 
 
-def estimate(
+def estimate_stage(
     p: Stage, pages: int, earlier: Manifest | None, planned: tuple[float, float, str] | None = None
 ) -> Estimate:
     """Time, memory and dollars of a stage; `earlier` is its last result in this lake, if there is one.

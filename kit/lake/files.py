@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from kit import resolve
+from kit import resolve_path
 from kit.errors import LakeError, ParamError
 from kit.lake.manifest import Output
 
@@ -45,7 +45,7 @@ class PartWriter:
         unique = f"{_stem(tail)}-{uuid.uuid4().hex[:8]}{_suffix(tail)}"
         path = f"{self.attempt}/{head}/{tail}" if head else unique
         full = f"{self.folder}/{path}"
-        with explained(f"cannot write {name}"):
+        with store_errors(f"cannot write {name}"):
             fs.makedirs(full.rpartition("/")[0], exist_ok=True)
             fs.pipe_file(full, data)
         return Output(
@@ -69,7 +69,7 @@ def _suffix(name: str) -> str:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def store_errors(what: str) -> Iterator[None]:
     """Turn a store's refusal into a `LakeError` of one line."""
     try:
         yield
@@ -88,7 +88,7 @@ def explained(what: str) -> Iterator[None]:
 
 def fingerprint(uri: str) -> str:
     """Content hash of something outside the lake: small files by content, large or remote ones by size and tag."""
-    fs, path = fsspec.core.url_to_fs(resolve(uri))
+    fs, path = fsspec.core.url_to_fs(resolve_path(uri))
     digest = hashlib.sha256()
     try:
         found = sorted(fs.find(path)) or [path]

@@ -197,7 +197,7 @@ def new_manifest(
     )
 
 
-def losses(counts: Counts) -> str:
+def counts_line(counts: Counts) -> str:
     """One line that says where the records of `counts` went."""
     gone = {**counts.dropped, **counts.failed}
     reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(gone.items(), key=lambda x: -x[1]))

@@ -22,11 +22,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kit import ROOT, resolve
+from kit import ROOT, resolve_path
 from kit.errors import LakeError, MissingInput
 from kit.lake.code import code_identity
-from kit.lake.files import PartWriter, explained, fingerprint
-from kit.lake.manifest import Counts, Execution, Input, Manifest, Output, Work, losses, new_manifest
+from kit.lake.files import PartWriter, fingerprint, store_errors
+from kit.lake.manifest import Counts, Execution, Input, Manifest, Output, Work, counts_line, new_manifest
 from kit.params import NOTEBOOKS, SIDE_TRIPS, Stage
 
 MANIFEST = "_manifest.json"
@@ -37,7 +37,7 @@ class Lake:
     """A place for results. Raises `LakeError` with one clear line wherever the store says no."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = resolve(uri).rstrip("/")
+        self.uri = resolve_path(uri).rstrip("/")
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.uri)
         except (ValueError, ImportError) as error:
@@ -50,7 +50,7 @@ class Lake:
     def check_writable(self) -> None:
         """Write and remove one small file; raises `LakeError` when that fails."""
         probe = f"{self.root}/.probe-{uuid.uuid4().hex[:8]}"
-        with explained(f"lake '{self.uri}' cannot be written"):
+        with store_errors(f"lake '{self.uri}' cannot be written"):
             self.fs.makedirs(self.root, exist_ok=True)
             self.fs.pipe_file(probe, b"ok")
             self.fs.rm_file(probe)
@@ -68,7 +68,7 @@ class Lake:
 
     def _bytes(self, path: str) -> bytes | None:
         """A file's content, None where there is no such file."""
-        with explained(f"cannot read {path}"):
+        with store_errors(f"cannot read {path}"):
             try:
                 return self.fs.cat_file(path)
             except (FileNotFoundError, NotADirectoryError):
@@ -81,7 +81,7 @@ class Lake:
 
     def runs(self) -> list[str]:
         """Names of the runs that have a committed stage."""
-        with explained(f"lake '{self.uri}' cannot be read"):
+        with store_errors(f"lake '{self.uri}' cannot be read"):
             patterns = [f"{self.root}/{cls.zone}/*/{cls.stage}/{MANIFEST}" for cls in NOTEBOOKS.values()]
             return sorted({path.split("/")[-3] for pattern in patterns for path in self.fs.glob(pattern)})
 
@@ -110,7 +110,7 @@ class Lake:
         paths = [path for path in self.paths(manifest, name) if path.endswith(".parquet")]
         if not paths:
             raise LakeError(f"{manifest.stage} of run '{manifest.run}' holds no '{name}'")
-        with explained(f"cannot read {manifest.stage} of run '{manifest.run}'"):
+        with store_errors(f"cannot read {manifest.stage} of run '{manifest.run}'"):
             return pa.concat_tables(self.read_part(path, columns) for path in paths)
 
     def read_part(self, path: str, columns: list[str] | None = None) -> pa.Table:
@@ -139,7 +139,7 @@ class Lake:
     def stage(self, p: Stage) -> Iterator[StageWriter]:
         """Open a stage for writing: the clock starts here, `commit` on the writer ends it."""
         writer = StageWriter(self, p)
-        with explained(f"{p.stage} could not write to {self.uri}"):
+        with store_errors(f"{p.stage} could not write to {self.uri}"):
             yield writer
         if writer.committed is None:
             raise LakeError(f"{p.stage} ended without a commit; nothing was recorded")
@@ -158,9 +158,9 @@ class Lake:
         """Write what is known of the last try, as fields of `Execution`, over what its record says of the same commit."""
         known = self.execution(run, stage).model_dump(exclude={"written_at"})
         path = f"{self.folder(run, stage)}/{EXECUTION}"
-        with explained(f"cannot write {path}"):
+        with store_errors(f"cannot write {path}"):
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            put(self, path, Execution(**known | facts).model_dump_json(indent=1).encode())
+            put_bytes(self, path, Execution(**known | facts).model_dump_json(indent=1).encode())
 
 
 class StageWriter:
@@ -191,7 +191,7 @@ class StageWriter:
     def read_outside(self, uri: str) -> str:
         """Note a file or folder from outside the lake as an input; returns its absolute form."""
         self.inputs.append(Input(uri=uri, content_sha256=fingerprint(uri)))
-        return resolve(uri)
+        return resolve_path(uri)
 
     def same_work(self, last: Manifest, but: Set[str] = frozenset()) -> bool:
         """Whether `last` was made with the parameters, the inputs (noted so far) and the code of this attempt.
@@ -241,11 +241,11 @@ class StageWriter:
     def commit(self, counts: Counts, metrics: dict[str, Any] | None = None) -> Manifest:
         """Write the manifest. Raises `LakeError` when nothing was made: an empty result is a failure."""
         if not self.outputs or counts.records_out == 0:
-            raise LakeError(f"{self.p.stage} yielded nothing: {losses(counts)}")
+            raise LakeError(f"{self.p.stage} yielded nothing: {counts_line(counts)}")
         outputs = sorted(self.outputs, key=lambda o: o.name)
         manifest = new_manifest(self.p, self.started, self.inputs, outputs, counts, metrics or {})
         before = self.lake.manifest(self.p.run, self.p.stage)
-        put(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+        put_bytes(self.lake, f"{self.base}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
         self.committed = manifest
         self._sweep(manifest, before)
         return manifest
@@ -259,7 +259,7 @@ class StageWriter:
                 self.lake.fs.rm_file(path)
 
 
-def put(lake: Lake, path: str, data: bytes) -> None:
+def put_bytes(lake: Lake, path: str, data: bytes) -> None:
     """One atomic write of a full path: an object store's put is; on a disk, a hidden file moved over."""
     if lake.uri == lake.root:
         folder = Path(path).parent

@@ -79,7 +79,7 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
         ]
         found.append(stages)
     last = lake.need(large, "90_compare_generations")
-    reference.write("rates", last, machine(), {"stages": two_point_rates(*found)})
+    reference.write_reference("rates", last, machine_in_words(), {"stages": two_point_rates(*found)})
 
 
 def reference_methods(run: str = "sample", name: str = "methods") -> None:
@@ -91,17 +91,17 @@ def reference_methods(run: str = "sample", name: str = "methods") -> None:
     ]
     command = "make notebooks" if run == "sample" else f"kit run params/{run}.yaml --only 61"
     figures = {"command": command, "rows": rows, "claims": manifest.metrics["claims"]}
-    reference.write(name, manifest, machine(), figures)
+    reference.write_reference(name, manifest, machine_in_words(), figures)
 
 
 def reference_classify(run: str, lake: str, command: str) -> None:
     """Record `classify`, which 63 shows, from the result of `run` in `lake`, made by `command`."""
     manifest = Lake(lake).need(run, "63_classify_sentiment")
     kept = {k: v for k, v in manifest.metrics.items() if k != "what_ran"}
-    reference.write("classify", manifest, machine(), {"command": command, **kept})
+    reference.write_reference("classify", manifest, machine_in_words(), {"command": command, **kept})
 
 
-def machine() -> str:
+def machine_in_words() -> str:
     """This machine, in words."""
     return f"{process.cores()} cores of {process.processor()}, {compare_methods.gpu_name()}"
 

@@ -28,7 +28,7 @@ import numpy as np
 from kit.data.extract import blocks, walk
 from kit.data.read import archive
 from kit.data.read.charset import decode
-from kit.measure.data.scores import score, words
+from kit.measure.data.scores import score_texts, words
 
 FOLDS, GRAM = 5, 4
 PARAMETERS = {
@@ -56,7 +56,7 @@ START, END = "<!-- scores -->", "<!-- /scores -->"
 
 
 @dataclass
-class Page:
+class GoldPage:
     """A page with its gold; `label` is each block's share of main text, −1 where the gold does not tell."""
 
     group: str
@@ -77,7 +77,7 @@ def site(url: str) -> str:
 
 
 def shares(texts: list[str], gold: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Label and weight of each block: see `Page`.
+    """Label and weight of each block: see `GoldPage`.
 
     A word counts as main text where it is in a run of four words, across blocks, that the gold text has too: so a
     menu's "Home" is told from the same word in a sentence. A short block between others is main text if it is a line.
@@ -145,7 +145,7 @@ def _by_snippets(texts: list[str], gold: dict[str, Any]) -> tuple[np.ndarray, np
     return label, np.where(label >= 0, 1.0, 0.0)
 
 
-def load(warc: str, gold: str) -> list[Page]:
+def load(warc: str, gold: str) -> list[GoldPage]:
     """The pages of an archive that have a gold line, joined by `record_id`."""
     with open(gold, encoding="utf-8", newline="\n") as f:
         golds = {record["record_id"].strip("<>"): record for record in map(json.loads, f)}
@@ -158,17 +158,19 @@ def load(warc: str, gold: str) -> list[Page]:
     return pages
 
 
-def _page(group: str, gold: dict[str, Any], payload: bytes) -> Page:
+def _page(group: str, gold: dict[str, Any], payload: bytes) -> GoldPage:
     walked = walk.walk(walk.parse(decode(payload, None)[0]))
     domain = site(gold.get("url") or gold.get("name") or gold["record_id"])
     fold = int(hashlib.blake2b(domain.encode()).hexdigest(), 16) % FOLDS
     if walked.texts:
-        return Page(group, gold, payload, walked, blocks.features(walked), *shares(walked.texts, gold), fold)
+        return GoldPage(
+            group, gold, payload, walked, blocks.features(walked), *shares(walked.texts, gold), fold
+        )
     none = np.zeros((0, len(blocks.NAMES)), np.float32)
-    return Page(group, gold, payload, walked, none, none[:, 0], none[:, 0], fold)
+    return GoldPage(group, gold, payload, walked, none, none[:, 0], none[:, 0], fold)
 
 
-def fit(pages: list[Page], trees: int = TREES) -> lightgbm.Booster:
+def fit_blocks(pages: list[GoldPage], trees: int = TREES) -> lightgbm.Booster:
     """A model trained on the blocks of `pages` whose label is known; each archive weighs the same."""
     x, y, w = (np.concatenate([getattr(p, name) for p in pages]) for name in ("features", "label", "weight"))
     groups, of_page = np.unique([p.group for p in pages], return_inverse=True)
@@ -180,12 +182,12 @@ def fit(pages: list[Page], trees: int = TREES) -> lightgbm.Booster:
     return lightgbm.train(PARAMETERS, data, trees)
 
 
-def cross_validate(pages: list[Page], trees: int = TREES) -> list[str]:
+def cross_validate(pages: list[GoldPage], trees: int = TREES) -> list[str]:
     """Main text of every page by a model that has seen no page of its site."""
     texts = [""] * len(pages)
     for fold in range(FOLDS):
         start = time.monotonic()
-        model = fit([p for p in pages if p.fold != fold], trees)
+        model = fit_blocks([p for p in pages if p.fold != fold], trees)
         for i, p in enumerate(pages):
             if p.fold == fold:
                 texts[i] = blocks.main_text(p.blocks, model)
@@ -208,9 +210,9 @@ def rivals() -> dict[str, Callable[[str], str]]:
     }
 
 
-def report(pages: list[Page], trees: int = TREES) -> str:
+def scores_table(pages: list[GoldPage], trees: int = TREES) -> str:
     """The table of scores, Markdown: each extractor on each archive's pages, and how fast on one core."""
-    extractors = {"auto": blocks.extract} | rivals()
+    extractors = {"auto": blocks.extract_main_text} | rivals()
     texts: dict[str, list[str]] = {name: [] for name in extractors}
     seconds = dict.fromkeys(extractors, 0.0)
     for start in range(0, len(pages), 20):  # in turns, so that a busy machine is as busy for all
@@ -224,7 +226,7 @@ def report(pages: list[Page], trees: int = TREES) -> str:
     for group in sorted({p.group for p in pages}):
         own = [i for i, p in enumerate(pages) if p.group == group]
         for name in extractors:
-            scores = score([texts[name][i] for i in own], [pages[i].gold for i in own])
+            scores = score_texts([texts[name][i] for i in own], [pages[i].gold for i in own])
             if not lines:
                 lines = [f"| pages | extractor | {' | '.join(scores)} | pages/s/core |", "|---" * 10 + "|"]
             shown = " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in scores.values())
@@ -233,9 +235,9 @@ def report(pages: list[Page], trees: int = TREES) -> str:
     return "\n".join(lines)
 
 
-def save(pages: list[Page], folder: Path, trees: int = TREES) -> bytes:
+def save(pages: list[GoldPage], folder: Path, trees: int = TREES) -> bytes:
     """Train on all pages and write the model into `folder`; the same pages give the same bytes."""
-    data = gzip.compress(fit(pages, trees).model_to_string().encode(), 9, mtime=0)
+    data = gzip.compress(fit_blocks(pages, trees).model_to_string().encode(), 9, mtime=0)
     (folder / blocks.MODEL.name).write_bytes(data)
     return data
 
@@ -262,7 +264,7 @@ def main(arguments: list[str]) -> None:
     print(f"{len(pages)} pages, {sum(len(p.label) for p in pages)} blocks", flush=True)
     size = len(save(pages, folder))
     print(f"model of {size} bytes in {folder}", flush=True)
-    write_scores(folder / "blocks_card.md", report(pages))
+    write_scores(folder / "blocks_card.md", scores_table(pages))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, get_origin
 
 import yaml
 
-from kit import ROOT, resolve
+from kit import ROOT, resolve_path
 from kit.errors import ParamError
 from kit.params.align import AlignDpo, ConstitutionalFeedback, RewardAndPolicy
 from kit.params.data import (
@@ -33,7 +33,7 @@ from kit.params.data import (
 )
 from kit.params.datasets import AugmentText, BalanceTokenization, BenchmarkData, BuildDatasets
 from kit.params.measure import BenchmarkTraining, CompareGenerations
-from kit.params.stage import Stage, nearest
+from kit.params.stage import Stage, did_you_mean
 from kit.params.train import (
     METHODS as METHODS,
 )
@@ -112,14 +112,14 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
         raise ParamError(f"recipe '{path}' is not YAML{line}") from None
     if not isinstance(values, dict):
         raise ParamError(f"recipe '{path}' is not YAML of the form 'name: value'")
-    validate(values)
+    validate_recipe(values)
     return values
 
 
-def validate(values: Mapping[str, Any]) -> None:
+def validate_recipe(values: Mapping[str, Any]) -> None:
     """Check a recipe whole, before anything starts; raises `ParamError` naming every wrong word."""
     fields = known_fields()
-    wrong = [f"unknown parameter '{k}'{nearest(str(k), fields)}" for k in values if k not in fields]
+    wrong = [f"unknown parameter '{k}'{did_you_mean(str(k), fields)}" for k in values if k not in fields]
     for name in (k for k in values if k in fields):
         # any stage that has the name will do: one name means one thing in the whole kit
         cls = next(c for c in NOTEBOOKS.values() if name in c.model_fields)
@@ -164,5 +164,5 @@ def check_paths(values: Mapping[str, Any]) -> None:
     """Raise `ParamError` for a local path that is not there, before anything starts."""
     for name in (name for name in values if is_path(name) and name != "lake"):
         for path in values[name] if is_list(name) else [values[name]]:
-            if "://" not in path and not Path(resolve(path)).exists():
+            if "://" not in path and not Path(resolve_path(path)).exists():
                 raise ParamError(f"parameter '{name}': '{path}' does not exist")

@@ -85,12 +85,12 @@ class Stage(BaseModel):
 def _explain(cls: type[Stage], error: Mapping[str, Any]) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"unknown parameter '{name}'{nearest(name, cls.model_fields)}"
+        return f"unknown parameter '{name}'{did_you_mean(name, cls.model_fields)}"
     hint = " (quote a text that holds ': ')" if isinstance(error["input"], dict) else ""
     return f"parameter '{name}': {error['msg'].lower()}, got {error['input']!r}{hint}"
 
 
-def nearest(name: str, names: Mapping[str, Any] | list[str]) -> str:
+def did_you_mean(name: str, names: Mapping[str, Any] | list[str]) -> str:
     """`; did you mean 'x'?` for the closest of `names`, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else ""

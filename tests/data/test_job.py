@@ -185,7 +185,7 @@ def test_archives_on_s3_give_the_same(tmp_path: Path, s3: str) -> None:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-def shipped(name: str) -> job.Job:
+def shipped(name: str) -> job.OwnJob:
     path = ROOT / "notebooks" / "jobs" / f"{name}.py"
     return load_job(path.read_text(encoding="utf-8"), str(path))
 

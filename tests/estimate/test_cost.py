@@ -31,13 +31,13 @@ def manifest(p, records, seconds):
 
 
 def test_without_an_earlier_run_the_reference_is_used():
-    e = table.estimate(ExtractText(usd_per_hour=3.6), 100, None)
+    e = table.estimate_stage(ExtractText(usd_per_hour=3.6), 100, None)
     assert (e.seconds, e.rate_from, e.memory_mb) == (60.0, "reference run", 900)
     assert e.usd == pytest.approx(0.06)
 
 
 def test_an_earlier_run_gives_the_rate_and_its_fixed_part_does_not_scale():
-    e = table.estimate(ExtractText(), 1000, manifest(ExtractText(), 100, 20.0))
+    e = table.estimate_stage(ExtractText(), 1000, manifest(ExtractText(), 100, 20.0))
     assert (e.seconds, e.rate_from) == (110.0, "this lake")
 
 
@@ -69,13 +69,13 @@ def test_a_step_of_several_passes_is_counted_whole():
 
 def test_another_models_run_tells_nothing_and_the_plan_stands_in():
     p = FinetuneSft(base_model="big/one")
-    e = table.estimate(p, 1, manifest(FinetuneSft(), 8, 30.0), (90.0, 20_000.4, "plan for X"))
+    e = table.estimate_stage(p, 1, manifest(FinetuneSft(), 8, 30.0), (90.0, 20_000.4, "plan for X"))
     assert (e.seconds, e.memory_mb, e.rate_from) == (100.0, 20_000, "plan for X")
     assert not measured_by_reference(p) and measured_by_reference(FinetuneSft())
 
 
 def test_cores_that_are_named_share_the_pages():
-    e = table.estimate(ExtractText(cores=20), 100, None)
+    e = table.estimate_stage(ExtractText(cores=20), 100, None)
     assert e.seconds == 10 + 0.5 * 100 / 10 and "2 → 20 cores" in e.rate_from
 
 

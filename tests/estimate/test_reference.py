@@ -32,7 +32,7 @@ def test_what_is_recorded_is_read_with_machine_date_and_commit(folder, manifest,
     made = manifest.model_copy(
         update={"code": manifest.code | {"git_sha": "0123456789abcdef", "dirty": dirty}}
     )
-    reference.write("speed", made, "2 cores of A", {"rows": [{"name": "größer", "s": 1.5}]})
+    reference.write_reference("speed", made, "2 cores of A", {"rows": [{"name": "größer", "s": 1.5}]})
     assert reference.recorded("speed")
     assert reference.read("speed") == {
         "machine": "2 cores of A",
@@ -45,7 +45,7 @@ def test_what_is_recorded_is_read_with_machine_date_and_commit(folder, manifest,
 
 def test_a_new_recording_takes_the_place_of_what_was_read_before(folder, manifest):
     for figure in (1, 2):
-        reference.write("speed", manifest, "a machine", {"figure": figure})
+        reference.write_reference("speed", manifest, "a machine", {"figure": figure})
         assert reference.read("speed")["figure"] == figure
 
 

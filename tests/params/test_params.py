@@ -15,7 +15,7 @@ from kit.params import (
     for_stage,
     known_fields,
     load_recipe,
-    validate,
+    validate_recipe,
 )
 
 
@@ -41,7 +41,7 @@ def test_a_model_is_frozen():
 
 def test_unknown_name_names_the_nearest():
     with pytest.raises(ParamError, match="unknown parameter 'sft_step'; did you mean 'sft_steps'"):
-        validate({"sft_step": 3})
+        validate_recipe({"sft_step": 3})
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def test_unknown_name_names_the_nearest():
 )
 def test_wrong_values_are_refused_by_name(values):
     with pytest.raises(ParamError, match=f"parameter '{next(iter(values))}'"):
-        validate(values)
+        validate_recipe(values)
 
 
 def test_every_wrong_word_is_named_at_once():
     with pytest.raises(ParamError, match="nosuch.*min_words"):
-        validate({"nosuch": 1, "min_words": "x"})
+        validate_recipe({"nosuch": 1, "min_words": "x"})
 
 
 def test_one_name_means_one_thing():

@@ -19,7 +19,7 @@ from kit.train.encode.batches import IGNORED
 from kit.train.loop import run
 from kit.train.models import adapters, load
 from kit.train.plan.flops import model_flops, naive_6n
-from kit.train.plan.setup import resolve, trainer_arguments
+from kit.train.plan.setup import resolve_setup, trainer_arguments
 from kit.train.tune.sft import finetune
 
 
@@ -76,7 +76,7 @@ def test_trap_2_after_full_fine_tuning_the_reference_is_not_reloaded_from_the_ba
 
 
 def packed_batch(tokenizer):
-    rows = [encode.encode({"prompt": "", "completion": text}, tokenizer, 60) for text in TEXT]
+    rows = [encode.encode_row({"prompt": "", "completion": text}, tokenizer, 60) for text in TEXT]
     packed = pack_dataset(datasets.Dataset.from_list(rows), 64, strategy="bfd").to_list()
     assert len(packed) < len(rows)
     return rows, packed
@@ -171,7 +171,7 @@ def test_trap_7_a_gguf_file_is_converted_once_and_can_be_trained(tmp_path, monke
 
 def test_the_pad_token_is_never_the_end_token_where_another_exists_and_the_end_is_learned():
     tokenizer = load.load_tokenizer(tiny_model())
-    row = encode.encode({"prompt": "The", "completion": " film"}, tokenizer, 50)
+    row = encode.encode_row({"prompt": "The", "completion": " film"}, tokenizer, 50)
     assert row["labels"][-1] == tokenizer.eos_token_id != tokenizer.pad_token_id
 
 
@@ -182,7 +182,7 @@ def test_the_end_of_an_answer_is_learned_once_in_every_task(task):
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    row = encode.encode({"prompt": "The film is", "completion": " slow"}, tokenizer, 80, task)
+    row = encode.encode_row({"prompt": "The film is", "completion": " slow"}, tokenizer, 80, task)
     learned = [x for x in row["labels"] if x != IGNORED]
     assert learned.count(tokenizer.eos_token_id) == 1
     assert learned[-1] == tokenizer.eos_token_id
@@ -195,7 +195,7 @@ def test_the_end_of_an_answer_is_learned_once_in_every_task(task):
 def test_trl_would_turn_on_bfloat16_and_checkpointing_and_the_kit_does_not(tmp_path):
     p = sft_params(make_lake(tmp_path))
     model = load.load_model(tiny_model(), dtype="float32")
-    args = SFTConfig(**trainer_arguments(resolve(p), model, tmp_path))
+    args = SFTConfig(**trainer_arguments(resolve_setup(p), model, tmp_path))
     assert (args.bf16, args.activation_checkpointing, args.report_to) == (False, False, [])
     stock = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert stock.gradient_checkpointing, "TRL no longer turns checkpointing on"

@@ -29,7 +29,7 @@ from pyspark.sql import Column
 from pyspark.sql import functions as F
 from pyspark.sql.types import ArrayType, StringType, StructType
 
-from kit.data.engine.spark import plan, run_tasks
+from kit.data.engine.spark import plan_parts, run_tasks
 from kit.errors import KitError, ParamError
 from kit.lake.manifest import Account, Manifest
 from kit.lake.store import Lake
@@ -189,7 +189,7 @@ def train_shares(lake: Lake, source: Manifest, part_mb: float) -> list[tuple[str
     found = []
     for path in (path for path in lake.paths(source, "train") if path.endswith(".parquet")):
         rows = pq.read_metadata(path, filesystem=lake.fs).num_rows
-        each = plan([lake.fs.size(path) / max(rows, 1)] * rows, part_mb * 1e6)
+        each = plan_parts([lake.fs.size(path) / max(rows, 1)] * rows, part_mb * 1e6)
         found += [(path, r.start, len(r)) for r in each]
     return found
 

@@ -28,7 +28,7 @@ from pyspark import Broadcast, StorageLevel
 from pyspark.core.rdd import RDD
 from tokenizers import Tokenizer
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.datasets.augment import train_shares
 from kit.data.datasets.packing import Slices, best_fit, write_rows
 from kit.data.datasets.partitions import CUTTING, GROUPS, assign
@@ -54,7 +54,7 @@ PRIOR = 150
 
 
 @functools.cache
-def load_tokenizer(source: str) -> Tokenizer:
+def fast_tokenizer(source: str) -> Tokenizer:
     """The tokenizer in the text of a `tokenizer.json`, on one core: Spark has the others."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = Tokenizer.from_str(source)
@@ -64,7 +64,7 @@ def load_tokenizer(source: str) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts, no special tokens added."""
     return [e.ids for e in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
@@ -88,11 +88,11 @@ def end_token(tokenizer: Tokenizer, folder: Path) -> int:
 def cut_is_safe(tokenizer: Tokenizer) -> bool:
     """Whether a cut at `CUT` leaves the tokens as they are: with GPT-2's splitting, not with SentencePiece's."""
     halves = [(PROBE[: m.start()], PROBE[m.start() :]) for m in CUT.finditer(PROBE)]
-    whole = encode(tokenizer, [PROBE])[0]
-    return all(a + b == whole for a, b in (encode(tokenizer, x) for x in halves))
+    whole = token_ids(tokenizer, [PROBE])[0]
+    return all(a + b == whole for a, b in (token_ids(tokenizer, x) for x in halves))
 
 
-def cut(text: str, limit: int) -> list[str]:
+def cut_text(text: str, limit: int) -> list[str]:
     """A text in pieces of at most `limit` characters where it has bounds: a paragraph's, line's or sentence's first."""
     pieces, at = [], 0
     while len(text) - at > limit:
@@ -119,10 +119,10 @@ def probe(tokenizer: Tokenizer, pieces: list[str]) -> Probe:
     """Of a text in pieces: their bytes, and the tokens and bytes of its slices."""
     taken = slices("".join(pieces))
     sizes = [[len(x.encode("utf-8", "replace")) for x in xs] for xs in (pieces, taken)]
-    return sizes[0], sum(map(len, encode(tokenizer, taken))), sum(sizes[1])
+    return sizes[0], sum(map(len, token_ids(tokenizer, taken))), sum(sizes[1])
 
 
-def estimate(probes: Sequence[Probe]) -> np.ndarray:
+def expected_tokens(probes: Sequence[Probe]) -> np.ndarray:
     """Expected tokens of every piece of texts that were probed."""
     tokens, of_bytes = np.array([x[1:] for x in probes], float).T
     ratio = (tokens + PRIOR * tokens.sum() / of_bytes.sum()) / (of_bytes + PRIOR)
@@ -146,7 +146,7 @@ class Texts:
             text = (row["prompt"] or "") + (row["completion"] or "")
             if text:
                 characters = self.piece_bytes * len(text) // len(text.encode("utf-8", "replace"))
-                yield row["row_id"], cut(text, max(characters, 1)) if self.cutting else [text]
+                yield row["row_id"], cut_text(text, max(characters, 1)) if self.cutting else [text]
 
 
 def measure_texts(
@@ -155,7 +155,7 @@ def measure_texts(
     """`row_id` and `probe` of every text, and the number of the first piece of each share."""
 
     def measure(share: Share) -> dict[str, Any]:
-        probed = [(key, probe(load_tokenizer(tokenizer.value), pieces)) for key, pieces in texts.of(share)]
+        probed = [(key, probe(fast_tokenizer(tokenizer.value), pieces)) for key, pieces in texts.of(share)]
         return {"done": share[2], "texts": probed}
 
     results = run_tasks(p, measure, [(share[2], share) for share in shares], "measure", "texts")
@@ -177,7 +177,7 @@ def tokenise(
     def work(items: Iterable[Any]) -> Iterator[tuple[float, list[tuple[int, np.ndarray]]]]:
         mine = [piece for _, piece in items]
         started = time.perf_counter()
-        ids = encode(load_tokenizer(tokenizer.value), [text for _, text, _ in mine])
+        ids = token_ids(fast_tokenizer(tokenizer.value), [text for _, text, _ in mine])
         seconds = time.perf_counter() - started
         done.add(len(mine))
         ended = [own + [end] * last for own, (*_, last) in zip(ids, mine, strict=True)]
@@ -200,9 +200,9 @@ def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str
     Every text ends with the end token, which also fills rows up. `metrics` tells the heaviest partition over the mean,
     seconds, and the padding of three ways to pack. Raises `ParamError`.
     """
-    source = Path(resolve(tokenizer_file)).read_text(encoding="utf-8")
-    end = end_token(load_tokenizer(source), Path(resolve(tokenizer_file)).parent)
-    cutting = p.balance in CUTTING and cut_is_safe(load_tokenizer(source))
+    source = Path(resolve_path(tokenizer_file)).read_text(encoding="utf-8")
+    end = end_token(fast_tokenizer(source), Path(resolve_path(tokenizer_file)).parent)
+    cutting = p.balance in CUTTING and cut_is_safe(fast_tokenizer(source))
     with lake.stage(p) as out:
         out.read_outside(tokenizer_file)
         shares = train_shares(lake, out.read("50_build_datasets"), p.part_mb)
@@ -212,7 +212,7 @@ def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str
         tokenizer = context.broadcast(source)
         keys, probes, first_piece = measure_texts(p, texts, shares, tokenizer)
         owner = np.repeat(np.arange(len(keys)), [len(sizes) for sizes, *_ in probes])  # each piece's text
-        estimated = estimate(probes)
+        estimated = expected_tokens(probes)
         parts = assign(p.balance, [keys[i] for i in owner], estimated.tolist(), p.partitions)
 
         def spread(task: tuple[int, Share]) -> Iterator[tuple[int, tuple[int, str, bool]]]:

@@ -28,7 +28,7 @@ from kit.data.dedup.schema import boilerplate_lines, without_boilerplate
 from kit.errors import LakeError, ParamError
 from kit.lake.manifest import Account, Input, Manifest
 from kit.lake.store import Lake
-from kit.params import BuildDatasets, nearest
+from kit.params import BuildDatasets, did_you_mean
 from kit.show import printable
 
 SPLITS = ("train", "heldout")
@@ -187,7 +187,7 @@ def grid(names: list[str], rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def candidates(
+def candidate_rows(
     lake: Lake, refined: Manifest, clusters: Manifest, files: list[tuple[str, str]], p: BuildDatasets
 ) -> Callable[[], Iterator[Made]]:
     """A function that goes through all records, documents first, and makes their rows; the same ones each time."""
@@ -220,14 +220,14 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
     Metrics hold the pairs' own account and the validator's report. Raises `LakeError` when no row is left or nothing
     can be held out without a leak, `ParamError` for a template that cannot be filled in or an unknown format.
     """
-    check(p)
+    check_templates(p)
     with lake.stage(p) as out:
         refined, clusters = out.read("30_refine_text"), out.read("40_deduplicate")
         files, pair_files = (
             [(name, out.read_outside(name)) for name in names]
             for names in (p.instruction_files, p.preference_files)
         )
-        made = candidates(lake, refined, clusters, files, p)
+        made = candidate_rows(lake, refined, clusters, files, p)
         splits, account = Splits.plan(made(), p), Account()
         shards, facts = Shards(out, p.shard_mb), Facts()
         voted, text, sides = [], bytearray(), {}
@@ -260,7 +260,7 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
         )
 
 
-def check(p: BuildDatasets) -> None:
+def check_templates(p: BuildDatasets) -> None:
     """Raise `ParamError` for a template that cannot be filled in or a format that there is not."""
     try:
         p.prompt_template.format(item="")
@@ -268,4 +268,6 @@ def check(p: BuildDatasets) -> None:
         raise ParamError("parameter 'prompt_template': {item} is all that may stand in braces") from None
     for name in p.formats:
         if name not in FORMATS:
-            raise ParamError(f"parameter 'formats': unknown format '{name}'{nearest(name, list(FORMATS))}")
+            raise ParamError(
+                f"parameter 'formats': unknown format '{name}'{did_you_mean(name, list(FORMATS))}"
+            )

@@ -107,13 +107,16 @@ def review_rows(doc: Row, p: BuildDatasets) -> list[Row]:
             prompt = p.prompt_template.format(item=item) if item else ""
             keys = [item.casefold() if item else f"near {doc['cluster_id']}"]
             row = _row(doc, number, "review", " " + body if prompt else body, keys)
-            row |= {"rating": review["rating"], "label": label(review["rating"], review.get("rating_max"))}
+            row |= {
+                "rating": review["rating"],
+                "label": sentiment_label(review["rating"], review.get("rating_max")),
+            }
             row |= {"helpful": review["helpful"], "votes": review["votes"]}
             rows.append(row | {"item": item or None, "prompt": prompt, "question": prompt})
     return rows
 
 
-def label(rating: float | None, rating_max: float | None = None) -> int | None:
+def sentiment_label(rating: float | None, rating_max: float | None = None) -> int | None:
     """Sentiment: 1 from three stars of five on, else 0; other scales are stretched to five first.
 
     None without a rating or with one outside its scale. A review of 5 out of 10 (2.5 stars) is negative.

@@ -50,7 +50,7 @@ def build_pairs(
                 group = formats.question_group(pair["question"])
                 far = "heldout" if formats.on_far_side(group, p.heldout_share, p.seed) else "train"
                 pairs.append(pair | {"split": sides.get(group, far)})
-    kept, report = validate(pairs)
+    kept, report = validate_pairs(pairs)
     account.dropped += Counter({r["check"]: r["dropped"] for r in report})
     account.records_out = len(kept)
     return kept, report, account.counts(by_name=False)
@@ -103,7 +103,7 @@ def file_pair(line: Row | str, source: str, p: BuildDatasets) -> formats.Made:
     return formats.Made([pair | {"prompt": prompt, "chosen": chosen, "rejected": rejected}])
 
 
-def validate(pairs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+def validate_pairs(pairs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The pairs that can be trained on, in their order, and a report: a row for each check, what it found and dropped.
 
     Texts are compared by `fold`. A pair is dropped for the first of `CHECKS` that it fails: an empty text, sides that

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kit.data.dedup import minhash
-from kit.data.engine.spark import plan
+from kit.data.engine.spark import plan_parts
 from kit.lake.files import PartWriter
 from kit.lake.store import Lake
 from kit.params import Deduplicate
@@ -48,7 +48,7 @@ BATCH_CHARS, BATCH_SHINGLES = 1 << 18, 1 << 22
 
 
 @dataclass(frozen=True)
-class Job:
+class PairJob:
     """What every task knows: parameters, input parts in groups of a task each, and where to write."""
 
     p: Deduplicate
@@ -117,7 +117,7 @@ def identity(ids: np.ndarray) -> np.ndarray:
     return found
 
 
-def split(rows: np.ndarray, shares: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def split_by_share(rows: np.ndarray, shares: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of each share, in their order."""
     order = shares.argsort(kind="stable")
     which, starts = np.unique(shares[order], return_index=True)
@@ -135,7 +135,7 @@ def rows_of(dtype: np.dtype, **columns: Any) -> np.ndarray:
     return made
 
 
-def sign(job: Job, group: int) -> tuple[np.ndarray, int]:
+def sign(job: PairJob, group: int) -> tuple[np.ndarray, int]:
     """Write the shingles and `DOC`s of a group's documents; `KEY` for each of their keys, LSH and exact ones, and
     how many documents there are.
     """
@@ -158,7 +158,7 @@ def sign(job: Job, group: int) -> tuple[np.ndarray, int]:
             elif p.survivor == "latest":
                 made["time"] *= -1
             ids, places = identity(made["doc_id"]), row + np.arange(len(made))
-            for share in plan(lengths, BATCH_CHARS):
+            for share in plan_parts(lengths, BATCH_CHARS):
                 grams, bounds = minhash.shingles(texts[share.start : share.stop], p.ngram)
                 made["at"][share], made["size"][share] = at + bounds[:-1], np.diff(bounds)
                 f.write(grams.tobytes())
@@ -179,7 +179,7 @@ def sign(job: Job, group: int) -> tuple[np.ndarray, int]:
     return joined(keys, KEY), row - (group << 32)
 
 
-def candidates(rows: np.ndarray) -> np.ndarray:
+def candidate_pairs(rows: np.ndarray) -> np.ndarray:
     """`PAIR`s of documents that share a key, a before b by the hash of their ids.
 
     Texts with all LSH keys alike are compared with the first of them, and that one with the others of the bucket.
@@ -209,7 +209,7 @@ def candidates(rows: np.ndarray) -> np.ndarray:
     return rows_of(PAIR, a=rows["doc"][a], b=rows["doc"][b], exact=key[a] & np.uint64(1))
 
 
-def verify(job: Job, pairs: np.ndarray) -> tuple[int, np.ndarray]:
+def verify_pairs(job: PairJob, pairs: np.ndarray) -> tuple[int, np.ndarray]:
     """How many distinct pairs were compared, and an `EDGE` for each that is exact or close enough to be told of."""
     pairs = pairs[np.lexsort((~pairs["exact"], pairs["b"], pairs["a"]))]
     same = (pairs["a"][1:] == pairs["a"][:-1]) & (pairs["b"][1:] == pairs["b"][:-1])
@@ -218,7 +218,7 @@ def verify(job: Job, pairs: np.ndarray) -> tuple[int, np.ndarray]:
     records, read = job.records(docs), job.reader("grams", np.uint64)
     a, b = docs.searchsorted(pairs["a"]), docs.searchsorted(pairs["b"])
     close = np.zeros(len(pairs))
-    for share in plan((records["size"][a] + records["size"][b]).tolist(), BATCH_SHINGLES):
+    for share in plan_parts((records["size"][a] + records["size"][b]).tolist(), BATCH_SHINGLES):
         these = np.unique(np.concatenate([a[share], b[share]]))
         grams, bounds = read(docs[these], records["at"][these], records["size"][these])
         sets = [grams[i:j] for i, j in pairwise(bounds.tolist())]
@@ -235,7 +235,7 @@ def verify(job: Job, pairs: np.ndarray) -> tuple[int, np.ndarray]:
     return len(pairs), rows_of(EDGE, **columns, jaccard=close[told], a_id=a_id, b_id=b_id)
 
 
-def label(pairs: np.ndarray) -> np.ndarray:
+def label_components(pairs: np.ndarray) -> np.ndarray:
     """Connected components of few pairs: `LABEL` of each document in one, the label being its least place."""
     docs, ends = np.unique(np.concatenate([pairs["a"], pairs["b"]]), return_inverse=True)
     a, b = ends[: len(pairs)], ends[len(pairs) :]
@@ -250,7 +250,7 @@ def label(pairs: np.ndarray) -> np.ndarray:
     return rows_of(LABEL, label=docs[least], doc=docs)
 
 
-def decide(job: Job, labels: np.ndarray) -> np.ndarray:
+def decide(job: PairJob, labels: np.ndarray) -> np.ndarray:
     """A `VERDICT` on each document of some clusters: the best one stays, and what is a copy of *it* goes.
 
     What is a copy of a copy only goes on to the next round, so no near copy leaves without a near survivor.
@@ -266,7 +266,7 @@ def decide(job: Job, labels: np.ndarray) -> np.ndarray:
         while len(left) > 1:
             best, others = left[:1], left[1:]
             one = read(labels["doc"][best], records["at"][best], records["size"][best])[0]
-            for share in plan(records["size"][others].tolist(), BATCH_SHINGLES):
+            for share in plan_parts(records["size"][others].tolist(), BATCH_SHINGLES):
                 some = others[share]
                 sets = read(labels["doc"][some], records["at"][some], records["size"][some])
                 made["jaccard"][some] = minhash.jaccards(one, *sets)

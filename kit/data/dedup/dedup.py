@@ -31,20 +31,20 @@ from kit.data.dedup.copies import (
     PAIRS_FLOOR,
     REASONS,
     VERDICT,
-    Job,
-    candidates,
+    PairJob,
+    candidate_pairs,
     decide,
     identity,
     joined,
-    label,
+    label_components,
     rows_of,
     sign,
-    split,
-    verify,
+    split_by_share,
+    verify_pairs,
 )
 from kit.data.dedup.minhash import mix
 from kit.data.dedup.schema import boilerplate_lines, without_boilerplate
-from kit.data.engine.spark import collect, plan, session
+from kit.data.engine.spark import collect, plan_parts, session
 from kit.errors import SparkError
 from kit.lake.manifest import Account, Manifest, Output
 from kit.lake.store import Lake
@@ -91,20 +91,20 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
         paths, n_docs = lake.paths(source, "part"), source.counts.records_out
         share = sum(sizes) / context.defaultParallelism * 1.05
         most = max(min(share, MOST_GROUP_BYTES), LEAST_GROUP_BYTES)
-        groups = [[paths[i] for i in share] for share in plan(sizes, most)]
-        job = Job(p, lake, out.parts, groups, -(-n_docs // ROWS_PER_PART))
+        groups = [[paths[i] for i in share] for share in plan_parts(sizes, most)]
+        job = PairJob(p, lake, out.parts, groups, -(-n_docs // ROWS_PER_PART))
         numbers, n = context.parallelize(range(len(groups)), len(groups)), len(groups)
         done = context.accumulator(0)
 
         def signed(group: int) -> Iterator[Blob]:
             rows, n_signed = sign(job, group)
             done.add(n_signed)
-            return split(rows, (rows["key"] >> np.uint64(33)) % np.uint64(n))
+            return split_by_share(rows, (rows["key"] >> np.uint64(33)) % np.uint64(n))
 
         with progress(n_docs, "deduplicate", "documents") as bar:
             bar.note("signatures and pairs")
             pairs = _to(_to(numbers.flatMap(signed), n).mapPartitions(_paired), n)
-            verified = pairs.mapPartitions(lambda x: [verify(job, _one(x, PAIR))]).persist()
+            verified = pairs.mapPartitions(lambda x: [verify_pairs(job, _one(x, PAIR))]).persist()
             told = collect(verified.map(lambda x: (x[0], len(_joined(x[1], p)))), done, bar)
             compared, n_joined = (sum(x) for x in zip(*told, strict=True))
             bar.note("clusters")
@@ -135,7 +135,8 @@ def clusters_at(pairs: pa.Table, min_jaccard: float) -> list[int]:
     )
     a, b = np.split(np.asarray(ends.indices), 2)
     return sorted(
-        Counter(label(rows_of(PAIR, a=a, b=b, exact=False))["label"].tolist()).values(), reverse=True
+        Counter(label_components(rows_of(PAIR, a=a, b=b, exact=False))["label"].tolist()).values(),
+        reverse=True,
     )
 
 
@@ -149,8 +150,8 @@ def _one(blobs: Iterable[Blob], dtype: np.dtype) -> np.ndarray:
 
 
 def _paired(blobs: Iterable[Blob]) -> Iterator[Blob]:
-    pairs = candidates(_one(blobs, KEY))
-    return split(pairs, pairs["a"] >> 32)
+    pairs = candidate_pairs(_one(blobs, KEY))
+    return split_by_share(pairs, pairs["a"] >> 32)
 
 
 def _joined(edges: np.ndarray, p: Deduplicate) -> np.ndarray:
@@ -162,8 +163,8 @@ def _few(verified: RDD, p: Deduplicate, n: int) -> RDD:
     """Clusters of few pairs, by one task."""
 
     def work(found: Iterable[Any]) -> Iterator[Blob]:
-        labels = label(joined((_joined(edges, p) for _, edges in found), PAIR))
-        return split(labels, labels["label"] % n)
+        labels = label_components(joined((_joined(edges, p) for _, edges in found), PAIR))
+        return split_by_share(labels, labels["label"] % n)
 
     return verified.coalesce(1).mapPartitions(work)
 
@@ -173,7 +174,7 @@ def _many(verified: RDD, p: Deduplicate, n: int) -> RDD:
 
     def work(found: Iterable[Any]) -> Iterator[Blob]:
         labels = np.array([tuple(row) for row in found], LABEL)
-        return split(labels, labels["label"] % n)
+        return split_by_share(labels, labels["label"] % n)
 
     rows = verified.flatMap(lambda found: _joined(found[1], p)[["a", "b"]].tolist())
     return components(rows.toDF("a long, b long")).select("label", "doc").rdd.mapPartitions(work)
@@ -203,14 +204,14 @@ def components(pairs: DataFrame) -> DataFrame:
     raise SparkError(f"clusters of copies did not settle in {MAX_ROUNDS} rounds; raise min_jaccard")
 
 
-def _placed(job: Job, group: int, verdicts: Iterable[np.ndarray]) -> Iterator[Blob]:
+def _placed(job: PairJob, group: int, verdicts: Iterable[np.ndarray]) -> Iterator[Blob]:
     """The ids of a group's documents, and some verdicts, to the parts where they are written."""
     for rows in (job.signed(group)["doc_id"], *verdicts):
         ids = rows if rows.dtype == ID else rows["doc_id"]
-        yield from split(rows, identity(ids) % np.uint64(job.parts))
+        yield from split_by_share(rows, identity(ids) % np.uint64(job.parts))
 
 
-def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
+def _write_part(job: PairJob, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
     """One output part; documents without a verdict are alone."""
     arrays = [rows for _, rows in blobs]
     ids = np.sort(joined((x for x in arrays if x.dtype == ID), np.dtype(ID)))
@@ -225,7 +226,7 @@ def _write_part(job: Job, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[
     yield output, Account.of_verdicts(reasons.to_pylist())
 
 
-def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Output, Account]]:
+def _write_pairs(job: PairJob, found: Iterable[Any]) -> Iterator[tuple[Output, Account]]:
     """At most `PAIRS_KEPT` of the pairs that are close, the same ones however the work is cut."""
     kept = None
     for _, edges in found:
@@ -237,16 +238,16 @@ def _write_pairs(job: Job, found: Iterable[Any]) -> Iterator[tuple[Output, Accou
     yield job.writer.table("pairs", pa.table(columns, schema=NEAR)), Account()
 
 
-def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
+def _boilerplate(job: PairJob, decided: RDD, n: int) -> RDD:
     """Lines counted by group, summed by host, spelled by group, written by host."""
 
     def counted(group: int, blobs: Iterable[Blob]) -> Iterator[Blob]:
         rows = count_lines(job.pages(group), {doc for _, rows in blobs for doc in rows["doc"].tolist()})
-        return split(rows, rows["host"] % np.uint64(n))
+        return split_by_share(rows, rows["host"] % np.uint64(n))
 
     def summed(blobs: Iterable[Blob]) -> Iterator[Blob]:
         rows = repeated(_one(blobs, LINE), job.p)
-        return split(rows, rows["doc"] >> 32)
+        return split_by_share(rows, rows["doc"] >> 32)
 
     def spelled(group: int, blobs: Iterable[Blob]) -> Iterator[Blob]:
         found = list(spell(job.pages(group), _one(blobs, LINE)))
@@ -258,7 +259,7 @@ def _boilerplate(job: Job, decided: RDD, n: int) -> RDD:
             table = pa.Table.from_pylist(found, schema=BOILERPLATE)
             yield job.writer.table(f"boilerplate-{number:05d}", table), Account()
 
-    gone = decided.flatMap(lambda rows: split(rows := rows[rows["reason"] > 0], rows["doc"] >> 32))
+    gone = decided.flatMap(lambda rows: split_by_share(rows := rows[rows["reason"] > 0], rows["doc"] >> 32))
     sums = _to(_to(gone, n).mapPartitionsWithIndex(counted), n).mapPartitions(summed)
     words = _to(_to(sums, n).mapPartitionsWithIndex(spelled), job.parts)
     return words.mapPartitionsWithIndex(write)

@@ -212,7 +212,7 @@ def _last_line(error: BaseException) -> str:
     return (told or lines or [type(error).__name__])[-1][:300]
 
 
-def plan(sizes: Sequence[int], part_bytes: float) -> list[range]:
+def plan_parts(sizes: Sequence[int], part_bytes: float) -> list[range]:
     """Consecutive ranges of rows whose `sizes` add up to about `part_bytes`, whatever the cores.
 
     The same sizes give the same ranges on any machine, so parts are the same files everywhere.

@@ -109,6 +109,6 @@ def main_text(blocks: Blocks, model: Any = None) -> str:
     return "\n".join(lines)
 
 
-def extract(html: str) -> str:
+def extract_main_text(html: str) -> str:
     """Main text of a page."""
     return main_text(walk(parse(html)))

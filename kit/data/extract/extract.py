@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from selectolax.lexbor import LexborHTMLParser
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.engine import guard
-from kit.data.engine.spark import plan
+from kit.data.engine.spark import plan_parts
 from kit.data.extract import blocks, reviews, walk
 from kit.data.extract import page as pages
 from kit.data.extract.schema import DOCUMENT, DROPPED, FAILURE, PLACE
@@ -203,7 +203,7 @@ def _failure(row: dict[str, Any], reason: str) -> dict[str, Any]:
 
 def by_each(selection: Manifest, row: dict[str, Any]) -> dict[str, str]:
     """The main text of one selected page by every extractor, to look at side by side; raises `RecordError`."""
-    ((_, raw),) = read_rows(resolve(selection.metrics["archive_base"]), [row], MOST_BYTES)
+    ((_, raw),) = read_rows(resolve_path(selection.metrics["archive_base"]), [row], MOST_BYTES)
     if isinstance(raw, RecordError):
         raise raw
     page = verified_page(row, raw, MOST_BYTES / 1e6)
@@ -222,7 +222,7 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
         rows = lake.table(selection)
         if "doc_id" not in rows.column_names:
             raise LakeError("the selection has no doc_id, it was made by an older kit: run stage 10 again")
-        base = resolve(selection.metrics["archive_base"])
+        base = resolve_path(selection.metrics["archive_base"])
         if "://" not in base:
             for name in sorted(set(rows["warc_filename"].to_pylist())):
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
@@ -240,7 +240,7 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
                 output = writer.table(name, documents)
             return {"done": part.num_rows, "output": output, "failures": lost}
 
-        shares = plan(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
+        shares = plan_parts(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
         parts = [rows.slice(s.start, len(s)).combine_chunks() for s in shares]
         tasks = [(part.num_rows, (f"part-{i:05d}", part)) for i, part in enumerate(parts)]
         results = run_at_rate(p, work, tasks, "extract", "pages", [base])

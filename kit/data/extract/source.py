@@ -22,7 +22,7 @@ def verified_page(row: dict[str, Any], raw: bytes, max_page_mb: float) -> Page:
     limit = int(max_page_mb * 1e6)
     plain = archive.read_bytes(io.BytesIO(raw), 0, len(raw), row["wrapping"], 2 * limit)
     is_row = row["wrapping"] in row_files.WRAPPINGS
-    page = row_files.page(plain, row["url"]) if is_row else archive.parse_page(plain, limit)
+    page = row_files.row_page(plain, row["url"]) if is_row else archive.parse_page(plain, limit)
     if page.url != row["url"]:
         raise RecordError("URL is not the index's")
     # an index may write sha1: before the digest, or know none

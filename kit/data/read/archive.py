@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 import fsspec
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.read import polite  # noqa: F401 (makes https:// polite)
 from kit.data.read.record import HEAD_BYTES, PAGE_RECORDS, START, Head, Page, Record, find_head, parse_page
 from kit.data.read.unpack import GZIP, Break, Piece, pieces, zlib
@@ -30,7 +30,7 @@ from kit.errors import ArchiveError, RecordError
 
 __all__ = [
     "PAGE_RECORDS", "ArchiveError", "Damage", "Entry", "Page", "Record", "RecordError",
-    "list_archives", "parse_page", "read_bytes", "records", "scan", "unpacked",
+    "list_archives", "parse_page", "read_bytes", "records", "scan_archive", "unpacked",
 ]  # fmt: skip
 
 SUFFIX = re.compile(r"\.(warc|wat|wet|arc)(\.(warc|wat|wet|txt))*(\.gz|\.zst)?(\.open)?$", re.IGNORECASE)
@@ -89,7 +89,7 @@ def list_archives(paths: list[str]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
-        fs, root = fsspec.core.url_to_fs(resolve(path))
+        fs, root = fsspec.core.url_to_fs(resolve_path(path))
         if fs.isdir(root):
             files = fs.find(root)
             inside = [f for f in files if SUFFIX.search(f)] or [f for f in files if ROWS.search(f)]
@@ -99,7 +99,7 @@ def list_archives(paths: list[str]) -> list[str]:
                 )
             found += [fs.unstrip_protocol(f) if "://" in path else f for f in inside]
         elif fs.exists(root):
-            found.append(resolve(path))
+            found.append(resolve_path(path))
         else:
             raise ArchiveError(f"archive '{path}' does not exist")
     return sorted(set(found))
@@ -126,13 +126,13 @@ def records(path: str, name: str = "") -> Iterator[Record | Damage]:
 def opened(path: str) -> BinaryIO:
     """A file to be read from front to back; raises `ArchiveError`."""
     try:
-        fs, root = fsspec.core.url_to_fs(resolve(path))
+        fs, root = fsspec.core.url_to_fs(resolve_path(path))
         return fs.open(root, "rb", block_size=READ_AHEAD)
     except OSError as error:
         raise ArchiveError(f"archive '{path}' cannot be opened: {error.strerror or error}") from None
 
 
-def scan(path: str, name: str) -> Iterator[Entry | Damage]:
+def scan_archive(path: str, name: str) -> Iterator[Entry | Damage]:
     """`records` as index rows; the digest is that of the whole block, for want of the crawler's own."""
     for r in records(path, name):
         yield r if isinstance(r, Damage) else Entry(

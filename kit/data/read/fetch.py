@@ -15,7 +15,7 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.spec import AbstractFileSystem
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.read import polite
 from kit.data.read.polite import GIVE_UP_AFTER, may_retry
 from kit.errors import Missing, RecordError
@@ -66,7 +66,7 @@ def read_ranges(base: str, rows: Iterable[Row], **limits: int) -> Iterator[tuple
     in memory at a time, a record longer than `max_bytes` as a whole. Raises nothing for a record; `ValueError` or `ImportError` where
     nothing here can read `base`. Whether the bytes are the right ones is checked by URL and digest afterwards.
     """
-    fs, root = fsspec.core.url_to_fs(resolve(base))
+    fs, root = fsspec.core.url_to_fs(resolve_path(base))
     if "s3" in fs.protocol:
         fs = _patient_s3(fs)
     for read in plan_ranges(rows, **limits):

@@ -58,14 +58,14 @@ class Layout(NamedTuple):
     rating_max: float = 5.0
 
 
-def scan(path: str, name: str) -> Iterator[Entry | Damage]:
+def scan_rows(path: str, name: str) -> Iterator[Entry | Damage]:
     """The rows of a file, whose identity is `name`, as rows of the index; raises `ArchiveError`."""
     file_layout = layout(path)
     breaks: list[Break] = []
     n_rows = 0
     with opened(path) as f:
         source, _, packed = pieces(f)
-        rows = split(_unpacked(source, breaks), file_layout)
+        rows = cut_rows(_unpacked(source, breaks), file_layout)
         if file_layout.kind == "csv":
             next(rows, None)  # the names of the columns
         wrapping = PACKED if packed else ROW
@@ -103,7 +103,7 @@ def _unpacked(source: Iterable[Piece], breaks: list[Break]) -> Iterator[bytes]:
         yield piece.data
 
 
-def split(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, str | None]]:
+def cut_rows(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, str | None]]:
     """Offset and bytes of each row, its line end left off, and None, or why it is none; blank lines are skipped.
 
     `MAX_ROW` and two chunks are in memory at most. A quote that is not closed, or not at the end of a field, costs
@@ -168,7 +168,7 @@ def layout(uri: str, rating_column: str = "") -> Layout:
     if told.kind == "csv":
         names = re.sub(rb'"[^"]*"', b"", LINE.match(head.lstrip() + b"\n")[0]).decode("latin-1")
         told = told._replace(delimiter="\t" if kind == "tsv" else max(",;\t|", key=names.count))
-    lines = [decode(data, None)[0] for _, data, reason in split([head], told) if not reason]
+    lines = [decode(data, None)[0] for _, data, reason in cut_rows([head], told) if not reason]
     if told.kind == "csv" and lines:
         told = told._replace(columns=tuple(map(column_key, _cells(lines.pop(0), told))))
     best = 5.0
@@ -178,7 +178,7 @@ def layout(uri: str, rating_column: str = "") -> Layout:
     return told._replace(rating_max=next((m for m in (5.0, 10.0, 100.0) if best <= m), best))
 
 
-def page(raw: bytes, url: str) -> Page:
+def row_page(raw: bytes, url: str) -> Page:
     """A row as a page, to be verified like any other."""
     return Page(url, "resource", 200, "text/plain", None, None, raw, (sha1(raw),) * 2, None)
 

@@ -43,7 +43,9 @@ FLESCH = {
 Moles 1958, Franchina and Vacca 1986, Douma 1960, Martins et al. 1996, Oborneva 2006; and what counts as a syllable."""
 
 
-def measure(text: str, lang: str, wanted: Sequence[str], pipelines: Sequence[str] = ()) -> dict[str, Any]:
+def text_features(
+    text: str, lang: str, wanted: Sequence[str], pipelines: Sequence[str] = ()
+) -> dict[str, Any]:
     """`SCHEMA`'s fields of a text; None for what is not wanted, or not defined for the language or the text.
 
     `pipelines` are names of installed spaCy pipelines for entities; each is used for texts of its language.

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from kit import resolve
+from kit import resolve_path
 from kit.data.text import words as w
 from kit.data.text.rules import RULE_SETS, RULES
 from kit.errors import ParamError
@@ -60,7 +60,7 @@ SOFT_WORDS = frozenset(
 """One of the first or two of the second in a URL speak against it; lists of our own, short on purpose."""
 
 
-def measure(
+def rule_values(
     text: str, rule_sets: Iterable[str] = RULE_SETS, c4_lines: bool = False
 ) -> tuple[str, dict[str, float]]:
     """The text that moves on and the value of every rule of `rule_sets`; shares are 0–1, the others counts.
@@ -197,7 +197,7 @@ def blocklist(path: str) -> Callable[[str], bool]:
     if not path:
         return lambda url: False
     try:
-        with open(resolve(path), encoding="utf-8") as f:
+        with open(resolve_path(path), encoding="utf-8") as f:
             listed = {x.partition("#")[0].strip().lower().removeprefix("www.") for x in f} - {""}
     except (OSError, UnicodeDecodeError) as error:
         raise ParamError(f"parameter 'blocked_urls': cannot read '{path}' ({error})") from None

@@ -27,7 +27,7 @@ from kit.data.text.language import detect_language
 from kit.errors import ParamError
 from kit.lake.manifest import Account, Manifest
 from kit.lake.store import Lake
-from kit.params import RefineText, Refining, nearest
+from kit.params import RefineText, Refining, did_you_mean
 
 CONTROL_CHARS = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff"
 CONTROL = re.compile(f"[{CONTROL_CHARS}]")
@@ -81,7 +81,7 @@ def _suspect(text: str) -> bool:
     return any(x.search(text) for x in SUSPECT) or not unicodedata.is_normalized("NFC", text)
 
 
-def measured(p: Refining) -> set[str]:
+def measured_rule_sets(p: Refining) -> set[str]:
     """The rule sets whose values are kept."""
     return {*p.quality_rules, *p.tag_rules}
 
@@ -107,8 +107,8 @@ def refine_rows(rows: list[dict[str, Any]], p: Refining) -> list[dict[str, Any]]
     """
     texts = [repair(row["text"]) for row in rows]
     languages = [detect_language(text) for text in texts]
-    sets, empty = measured(p), dict.fromkeys(rules.COLUMNS)
-    moving = [quality.measure(text, sets, p.c4_lines) for text in texts]
+    sets, empty = measured_rule_sets(p), dict.fromkeys(rules.COLUMNS)
+    moving = [quality.rule_values(text, sets, p.c4_lines) for text in texts]
     tags = [empty | values for _, values in moving]
     if "url" in sets:
         blocked = quality.blocklist(p.blocked_urls)
@@ -140,7 +140,7 @@ def _refined(
         "lang_score": score,
         "tags": tags,
         "pii": {kind: counts.get(kind) if kind in types else None for kind in pii.TYPES},
-        "features": features.measure(text, lang, p.features, p.entity_models) if p.features else None,
+        "features": features.text_features(text, lang, p.features, p.entity_models) if p.features else None,
         "text": text,
         "title": clean(row["title"]),
         "reviews": [r | {"title": clean(r["title"]), "body": clean(r["body"])} for r in row["reviews"]],
@@ -165,7 +165,7 @@ def judge_batch(table: pa.Table, p: Refining) -> pa.Table:
     return table
 
 
-def check(p: Refining) -> None:
+def check_rules(p: Refining) -> None:
     """Raise `ParamError` for words in lists that name no rule set, threshold, type or feature."""
     known = {
         "quality_rules": rules.RULE_SETS,
@@ -176,7 +176,7 @@ def check(p: Refining) -> None:
     for name, words in known.items():
         for word in getattr(p, name):
             if word not in words:
-                hint = nearest(word, list(words)) or f"; there are {', '.join(words)}"
+                hint = did_you_mean(word, list(words)) or f"; there are {', '.join(words)}"
                 raise ParamError(f"parameter '{name}': there is no '{word}'{hint}")
     rules.overrides(tuple(p.thresholds))
     quality.blocklist(p.blocked_urls)
@@ -188,13 +188,13 @@ def refine_documents(p: RefineText, lake: Lake) -> Manifest:
     Where the last result differs in nothing but what judges (`RefineText.judging`), only verdicts are taken anew, from
     its tags; the same rule sets must have been measured.
     """
-    check(p)
+    check_rules(p)
     with lake.stage(p) as out:
         source, last = out.read("20_extract_text"), lake.manifest(p.run, p.stage)
         if p.blocked_urls:
             out.read_outside(p.blocked_urls)
         again = last is not None and out.same_work(last, but=p.judging())
-        again = again and measured(p) == measured(RefineText.parse(last.params))
+        again = again and measured_rule_sets(p) == measured_rule_sets(RefineText.parse(last.params))
         given = last if again else source
         parts = [o for o in given.outputs if o.name.startswith("part")]
         paths = lake.paths(given, "part")
@@ -244,7 +244,7 @@ class Verdicts:
     def _sql(self, moved: dict[str, Any]) -> str:
         """The verdict of `verdict` as an expression, NULL for what moves on."""
         p = RefineText.parse(self.params | moved)
-        check(p)
+        check_rules(p)
         params = dict(p)
         # quoted: DuckDB reads a bare number as a decimal, which as a double may be its neighbour
         language = [f"WHEN lang_score < '{p.min_lang_score}'::DOUBLE THEN 'language: uncertain'"]

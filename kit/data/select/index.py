@@ -94,7 +94,7 @@ class Index:
         entries: list[dict[str, Any]] = []
         with progress(len(paths), "indexing", "archives") as bar:
             for path in paths:
-                scan = row_files.scan if archive.ROWS.search(path) else archive.scan
+                scan = row_files.scan_rows if archive.ROWS.search(path) else archive.scan_archive
                 for found in scan(path, path.removeprefix(self.base).lstrip("/")):
                     if isinstance(found, archive.Damage):
                         self.damage.append(found)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
 import kit.data.read.polite  # noqa: F401  registers http(s)
-from kit import resolve
+from kit import resolve_path
 from kit.errors import ParamError
 from kit.params import ExploreIndex
 from kit.progress import progress
@@ -201,12 +201,12 @@ def table_files(p: ExploreIndex) -> tuple[AbstractFileSystem, list[str], list[st
     Without `index_files`: all below `index_path`, or over HTTP(S), where nothing can be listed, those of the list
     that Common Crawl keeps for each crawl. Raises `ParamError` where there are none.
     """
-    table = resolve(p.index_path).rstrip("/")
+    table = resolve_path(p.index_path).rstrip("/")
     sources = p.index_files
     if not sources and table.startswith(("http://", "https://")):
         sources = [f"{_root(table)}/crawl-data/{p.crawl}/cc-index-table.paths.gz"]
     if sources:
-        uris = [uri for entry in sources for uri in _listed(resolve(entry), table)]
+        uris = [uri for entry in sources for uri in _listed(resolve_path(entry), table)]
         uris = [u for u in uris if "/crawl=" not in u or f"/crawl={p.crawl}/" in u]
         fs = fsspec.core.url_to_fs((uris or [table])[0])[0]
         paths = [fs._strip_protocol(u) for u in uris]
@@ -243,7 +243,7 @@ def crawls_beside(p: ExploreIndex) -> list[str]:
     """All crawls below `index_path`; none where that cannot be listed."""
     if p.archive_paths or p.index_files or p.index_path.startswith(("http://", "https://")):
         return []
-    fs, path = fsspec.core.url_to_fs(resolve(p.index_path))
+    fs, path = fsspec.core.url_to_fs(resolve_path(p.index_path))
     return sorted(f.rstrip("/").rpartition("crawl=")[2] for f in fs.glob(f"{path}/crawl=*"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kit.data.text.words import word_count
 from kit.errors import ParamError
-from kit.params import nearest
+from kit.params import did_you_mean
 
 UNSPACED_LANGUAGES = frozenset({"zh", "ja", "th", "lo", "km", "my"})
 
@@ -92,7 +92,7 @@ def overrides(thresholds: tuple[str, ...]) -> dict[tuple[str, str], float]:
         parts = OVERRIDE.fullmatch(text)
         name = f"{parts[1]}: {parts[2]}" if parts else text
         if not parts or name not in names:
-            hint = nearest(name, sorted(names))
+            hint = did_you_mean(name, sorted(names))
             raise ParamError(f"parameter 'thresholds': no 'set: rule <= number' in {text!r}{hint}")
         found[name, "high" if parts[3] == "<=" else "low"] = float(parts[4])
     return found

@@ -166,7 +166,7 @@ def _inside(piece: str) -> list[str]:
     return tokens + ([piece[start:]] if start < len(piece) else [])
 
 
-def split(piece: str) -> tuple[str, ...]:
+def split_piece(piece: str) -> tuple[str, ...]:
     """Tokens of one piece of text without white space.
 
     Two things are not spaCy's: in scripts that write no spaces every character is a token, as in the kit's
@@ -232,7 +232,7 @@ class _Memory(dict):
         self.flat, self.starts, self.traits = array("q"), array("q", [0]), array("i")
 
     def __missing__(self, piece: str) -> int:
-        for token in split(piece):
+        for token in split_piece(piece):
             number = self.tokens.setdefault(token, len(self.tokens))
             if number * TRAITS == len(self.traits):
                 self.traits.extend(_traits(token))

@@ -39,7 +39,7 @@ from kit.data.refine.refine import REFINED, refine_batch
 from kit.errors import LakeError
 from kit.lake import store as lakes
 from kit.lake.code import modules_sha256
-from kit.lake.files import explained, fingerprint, parquet_bytes
+from kit.lake.files import fingerprint, parquet_bytes, store_errors
 from kit.lake.manifest import Account, Counts, Input, Manifest, Output, Work, new_manifest
 from kit.lake.store import Lake
 from kit.launch.arrival.event import Landed, landed
@@ -93,7 +93,7 @@ def process(x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     `older` (than what is committed), `gone` or `ignored`."""
     name, status = x.path.removeprefix(f"{lake.root}/"), "ignored"
     hidden = any(part.startswith(("_", ".")) or not part for part in name.split("/")[2:])
-    with explained(f"cannot process {name}"):
+    with store_errors(f"cannot process {name}"):
         try:
             if name.startswith(f"raw/{p.run}/") and not hidden:
                 return {"path": name, "sequencer": x.sequencer} | _extract(name, x, p, lake)
@@ -119,7 +119,7 @@ def _code(module: str) -> str:
     return modules_sha256({module})
 
 
-def tokens(p: RefineOnArrival) -> tuple[str, str]:
+def step_tokens(p: RefineOnArrival) -> tuple[str, str]:
     """What the steps are named by: all that changes what they make, their parameters and their code."""
     own = [cls.model_fields.keys() - Stage.model_fields.keys() for cls in (Extracting, Refining)]
     # what judges is asked in step 1 by the prefilter alone; bounds that are moved by `thresholds`, too
@@ -154,16 +154,16 @@ def _settled(lake: Lake, folder: str, order: str, token: str) -> str:
     return "duplicate" if any(c.sequencer == order and c.token == token for c in found) else ""
 
 
-def put(lake: Lake, name: str, data: bytes) -> Output:
+def put_file(lake: Lake, name: str, data: bytes) -> Output:
     """Write one file of the lake at once: nobody, and no watch, ever sees half of it."""
-    lakes.put(lake, f"{lake.root}/{name}", data)
+    lakes.put_bytes(lake, f"{lake.root}/{name}", data)
     digest = hashlib.sha256(data).hexdigest()
     return Output(name=name, path="/".join(name.split("/")[3:]), rows=0, bytes=len(data), sha256=digest)
 
 
 def put_table(lake: Lake, name: str, table: pa.Table) -> Output:
     """The same for a table."""
-    return put(lake, name, parquet_bytes(table)).model_copy(update={"rows": table.num_rows})
+    return put_file(lake, name, parquet_bytes(table)).model_copy(update={"rows": table.num_rows})
 
 
 def commit(
@@ -173,13 +173,13 @@ def commit(
     """Write a manifest, which makes its outputs count."""
     facts = facts | {"committed_at": datetime.now(UTC).isoformat(timespec="milliseconds")}
     manifest = new_manifest(p, started, inputs, outputs, counts, facts)
-    put(lake, path, manifest.model_dump_json(indent=1).encode())
+    put_file(lake, path, manifest.model_dump_json(indent=1).encode())
     return manifest
 
 
 def _extract(name: str, x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     """Step 1: the documents of a file; one that gives none and holds damage is quarantined."""
-    started, token = time.perf_counter(), tokens(p)[0]
+    started, token = time.perf_counter(), step_tokens(p)[0]
     folder = f"{zone(p, 'extracted')}/{path_id(name)}"
     if status := _settled(lake, folder, x.sequencer, token):
         return {"status": status}
@@ -206,9 +206,9 @@ def _extract(name: str, x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, 
             # a copy: to remove the original could hit a newer version, and it is what was received
             place = f"raw/{p.run}/_quarantine/{name.split('/', 2)[2]}"
             if local.exists():
-                put(lake, place, local.read_bytes())
+                put_file(lake, place, local.read_bytes())
             note = json.dumps(facts | {"reason": facts["quarantine"]}, indent=1)
-            put(lake, f"{place}.reason.json", note.encode())
+            put_file(lake, f"{place}.reason.json", note.encode())
     content = f"{digest.hexdigest()[:16]}.{token}"
     outputs = [put_table(lake, f"{folder}/{content}.parquet", table)] if table else []
     path, inputs = f"{folder}/{x.sequencer}.{content}.json", [Input(uri=name, content_sha256=facts["sha256"])]
@@ -218,7 +218,7 @@ def _extract(name: str, x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, 
 
 def _refine(name: str, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     """Step 2: what step 1 committed, refined."""
-    started, source, (before, own) = time.perf_counter(), read_manifest(lake, name), tokens(p)
+    started, source, (before, own) = time.perf_counter(), read_manifest(lake, name), step_tokens(p)
     folder, key, file = name.removesuffix(".json").rsplit("/", 2)
     order, content = file.split(".", 1)
     told, target = {"path": source.metrics["path"], "sequencer": order}, f"{zone(p, 'refined')}/{key}"

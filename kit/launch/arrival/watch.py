@@ -30,7 +30,16 @@ from kit.errors import LakeError
 from kit.lake.files import fingerprint
 from kit.lake.manifest import Account, Input, Manifest
 from kit.lake.store import MANIFEST, Lake
-from kit.launch.arrival.on_arrival import commit, commits, handle, put, put_table, read_manifest, tokens, zone
+from kit.launch.arrival.on_arrival import (
+    commit,
+    commits,
+    handle,
+    put_file,
+    put_table,
+    read_manifest,
+    step_tokens,
+    zone,
+)
 from kit.params import RefineOnArrival
 from kit.progress import progress
 
@@ -92,7 +101,9 @@ def watch(
 
     Ends only if `quiet_s` is given: when nothing has come and nothing been done for so long.
     """
-    tokens(p)  # named after the code of now, which is what the workers load, whatever is edited meanwhile
+    step_tokens(
+        p
+    )  # named after the code of now, which is what the workers load, whatever is edited meanwhile
     pool, todo, running, last = _pool(p), deque(), {}, time.monotonic()
 
     def submit(event: dict[str, Any], tries: int) -> None:
@@ -147,7 +158,7 @@ def _warm(p: RefineOnArrival, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with tempfile.TemporaryDirectory() as folder:
         lake, name = Lake(folder), f"raw/{p.run}/warm.html"
-        put(lake, name, WARM)
+        put_file(lake, name, WARM)
         (result,) = handle(event_of(lake, name, 0), p, lake)["results"]
         handle(event_of(lake, result["commit"], 0), p, lake)
 
@@ -158,7 +169,7 @@ def _work(event: dict[str, Any], p: RefineOnArrival, uri: str) -> list[dict[str,
 
 def outcomes(p: RefineOnArrival, lake: Lake) -> list[dict[str, Any]]:
     """What became of the latest version of every file that came, in the order of their names."""
-    first, both = tokens(p)[0], ".".join(tokens(p))
+    first, both = step_tokens(p)[0], ".".join(step_tokens(p))
     extracted, refined = (
         {c.path.split("/")[-2]: c for c in commits(lake, zone(p, step)) if c.token == token}
         for step, token in (("extracted", first), ("refined", both))
@@ -223,7 +234,7 @@ def refine_on_arrival(p: RefineOnArrival, lake: Lake, files: Mapping[str, bytes]
         # what an earlier landing left here comes first, and is not what is waited for; stores tell whole seconds
         since = f"{int(time.time()) * 10**6:016x}"
         for name, data in files.items():
-            put(lake, f"raw/{p.run}/{name}", data)
+            put_file(lake, f"raw/{p.run}/{name}", data)
 
     with progress(len(left), "arrived", "files") as bar, closing(watch(p, lake, drop, quiet_s=10)) as results:
         for result in results:

@@ -60,7 +60,7 @@ def compare_generations(p: CompareGenerations, lake: Lake) -> Manifest:
         rows = [{"prompt": q, **{name: said[name][i] for name in STEPS}} for i, q in enumerate(prompts)]
         out.rows("completions", rows)
         out.rows("perplexity", scores)
-        out.bytes("report.html", report(rows, scores, p).encode(), rows=len(rows))
+        out.bytes("report.html", comparison_page(rows, scores, p).encode(), rows=len(rows))
         blank = len(p.prompts) - len(prompts)
         counts = Counts(
             records_in=len(p.prompts), records_out=len(rows), dropped={"empty": blank} if blank else {}
@@ -114,7 +114,7 @@ STYLE = (
 )
 
 
-def report(
+def comparison_page(
     rows: Sequence[Mapping[str, str]], scores: Sequence[Mapping[str, Any]], p: CompareGenerations
 ) -> str:
     """The page: perplexities, then every prompt with its three completions. All text is escaped."""
@@ -137,7 +137,7 @@ def report(
         "has never seen; lower is better.</p>"
     )
     parts = [STYLE, note, "<h2>Perplexity</h2>", table._repr_html_(), "<h2>Completions</h2>"]
-    return show.page("base | tuned | aligned", *parts, *(_trio(row) for row in rows))
+    return show.html_page("base | tuned | aligned", *parts, *(_trio(row) for row in rows))
 
 
 def _trio(row: Mapping[str, str]) -> str:

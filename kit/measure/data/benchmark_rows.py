@@ -9,7 +9,7 @@ from typing import Any
 
 import fsspec
 
-from kit import process, resolve
+from kit import process, resolve_path
 from kit.errors import ParamError, RecordError
 from kit.lake.store import Lake, StageWriter
 from kit.measure.data import near_jobs
@@ -62,7 +62,7 @@ def sampled_pages(p: BenchmarkData, lake: Lake, out: StageWriter, work: Path) ->
     with path.open("wb") as target:
         writer = WARCWriter(target, gzip=True)
         for row in html:
-            name = f"{resolve(selection.metrics['archive_base'])}/{row['warc_filename']}"
+            name = f"{resolve_path(selection.metrics['archive_base'])}/{row['warc_filename']}"
             with fsspec.open(name, "rb") as f:
                 f = archive.unpacked(f) if row["wrapping"] == "stream" else f
                 place = row["warc_record_offset"], row["warc_record_length"], row["wrapping"]
@@ -92,7 +92,7 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
     here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
             "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
     rows = [
-        Row("extractor", name, "extract", {"archive": str(pages), "spots": spots, "extractor": name,
+        Row("extractor", name, "extract_pages", {"archive": str(pages), "spots": spots, "extractor": name,
             "texts": str(work / f"{name}.json")}, "trafilatura", n)
         for name in EXTRACTORS
     ]  # fmt: skip
@@ -112,7 +112,11 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         Row("refine", "kit: every rule", "kit_filters", {"texts": texts}, by),
     ]
     if p.spark_archive:
-        large = here | {"archive": resolve(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
+        large = here | {
+            "archive": resolve_path(p.spark_archive),
+            "index_first": True,
+            "max_pages": p.spark_pages,
+        }
         on_spark = large | {"cores": cores}
         few = on_spark | {"max_pages": p.spark_pages // 20}
         rows += [
@@ -122,7 +126,7 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         ]
     corpus, near = str(work / "texts" / "corpus.parquet"), "datatrove, 14 × 8"
     Path(corpus).parent.mkdir(exist_ok=True)
-    archive = resolve(p.spark_archive) if p.spark_archive else str(pages)
+    archive = resolve_path(p.spark_archive) if p.spark_archive else str(pages)
     near_jobs.near_corpus(archive, p.spark_pages, corpus)
     rows += [
         Row(NEAR_DEDUP, near, "near_datatrove", {"corpus": corpus, "work": "{work}"}, near, peer=True),
@@ -131,7 +135,7 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         Row(NEAR_DEDUP, f"kit 40, Spark on {cores} cores", "near_kit",
             {"corpus": corpus, "lake": "{work}", "cores": cores}, near),
     ]  # fmt: skip
-    fs, path = fsspec.core.url_to_fs(resolve(p.count_index))
+    fs, path = fsspec.core.url_to_fs(resolve_path(p.count_index))
     found = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
     files = [fs.unstrip_protocol(f).removeprefix("file://") for f in found]
     return rows + [

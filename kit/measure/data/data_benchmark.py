@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from kit import process, resolve
+from kit import process, resolve_path
 from kit.lake.manifest import Counts, Manifest
 from kit.lake.store import Lake
 from kit.measure.data import data_jobs, near_jobs, process_tree
@@ -76,13 +76,13 @@ def benchmark_data(p: BenchmarkData, lake: Lake) -> Manifest:
 
 def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
     """One run of a row, in a new folder."""
-    python = f"{resolve(p.peers_venv)}/bin/python" if row.peer else sys.executable
+    python = f"{resolve_path(p.peers_venv)}/bin/python" if row.peer else sys.executable
     if row.peer and not Path(python).exists():
         return Measured(error=NOT_INSTALLED)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         arguments = {k: folder if v == "{work}" else v for k, v in row.arguments.items()}
         jobs = near_jobs if row.group == NEAR_DEDUP else data_jobs
-        found = process_tree.measure(f"{jobs.__name__}:{row.job}", arguments, python)
+        found = process_tree.measure_tree(f"{jobs.__name__}:{row.job}", arguments, python)
     if row.peer and found.error and found.error.startswith("ModuleNotFoundError"):
         return Measured(error=NOT_INSTALLED)
     return found
@@ -154,14 +154,14 @@ def quality(rows: Sequence[Row], path: str, record_ids: set[str]) -> list[dict[s
 
     `path` is a gold file (lines with `record_id`, `text`, `with`, `without`); only pages that are measured count.
     """
-    from kit.measure.data.scores import score
+    from kit.measure.data.scores import score_texts
 
-    lines = Path(resolve(path)).read_text(encoding="utf-8").splitlines()
+    lines = Path(resolve_path(path)).read_text(encoding="utf-8").splitlines()
     gold = [g for g in map(json.loads, lines) if g["record_id"] in record_ids]
     found = []
     for row in (r for r in rows if gold and r.group == "extractor" and not r.runs[-1].error):
         texts = json.loads(Path(row.arguments["texts"]).read_text(encoding="utf-8"))
-        scores = score([texts[g["record_id"]] for g in gold], gold)
+        scores = score_texts([texts[g["record_id"]] for g in gold], gold)
         found.append({"extractor": row.name, **scores, "note": TRAINED if row.name == "auto" else ""})
     return found
 

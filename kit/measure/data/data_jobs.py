@@ -18,7 +18,7 @@ from kit.measure.data.process_tree import mark
 WARM_QUERIES = 5
 
 
-def extract(archive: str, spots: list[list[Any]], extractor: str, texts: str) -> dict[str, int]:
+def extract_pages(archive: str, spots: list[list[Any]], extractor: str, texts: str) -> dict[str, int]:
     """Decode and extract the pages at `spots` (record id, offset, length), no images, no checks; `texts` is written.
 
     All extractors run with the garbage collector off, as pages do in the kit.
@@ -137,7 +137,7 @@ def datatrove_counts(logs: Path) -> dict[str, int]:
 
 
 def kit_filters(texts: str) -> dict[str, int]:
-    """Repair, language and every rule of the kit on texts (a file as `extract` writes it); no masks, no features."""
+    """Repair, language and every rule of the kit on texts (a file as `extract_pages` writes it); no masks, no features."""
     from kit.data.refine.refine import refine_rows
     from kit.data.text.rules import RULE_SETS
     from kit.params import RefineText

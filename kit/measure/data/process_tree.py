@@ -42,7 +42,7 @@ def mark(name: str) -> None:
     print(f"MARK {name}", flush=True)
 
 
-def measure(function: str, arguments: dict[str, Any], python: str = sys.executable) -> Measured:
+def measure_tree(function: str, arguments: dict[str, Any], python: str = sys.executable) -> Measured:
     """Run `function` ("package.module:name") with `arguments` (JSON) in a Python of its own, and measure its tree.
 
     One thread for each numeric library, so that CPU seconds are those of one core. The function may call `mark`.

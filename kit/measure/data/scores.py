@@ -14,7 +14,7 @@ def words(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
-def score(texts: list[str], golds: list[dict[str, Any]]) -> dict[str, float]:
+def score_texts(texts: list[str], golds: list[dict[str, Any]]) -> dict[str, float]:
     """Mean word precision, recall and F1 over pages with full text; the same of snippets, all pages taken together."""
     full, counts = [], Counter()
     for text, gold in zip(texts, golds):

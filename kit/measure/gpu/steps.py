@@ -38,7 +38,7 @@ LORA = {"rank": 16, "alpha": 32}
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """`rows` of `length` tokens a step, each of `docs` equal documents, on a Llama of `sizes`.
 
     `attention`: sdpa, cudnn (sdpa's), flex_attention or varlen. Logits exist for `chunk` tokens at a time, 0: for all.
@@ -123,7 +123,7 @@ def backward(
     return total
 
 
-def measure(case: Case, peak: float) -> dict[str, Any]:
+def measure_case(case: StepCase, peak: float) -> dict[str, Any]:
     """Speed, memory and utilisation of one case; after its warm-up steps the median and quartiles of the others.
 
     `peak` in FLOP/s is what MFU and HFU are held against. Raises `torch.OutOfMemoryError`.
@@ -158,7 +158,7 @@ def measure(case: Case, peak: float) -> dict[str, Any]:
 
 
 def run_steps(
-    case: Case, base: torch.nn.Module, tuned: torch.nn.Module, trained: list[torch.nn.Parameter]
+    case: StepCase, base: torch.nn.Module, tuned: torch.nn.Module, trained: list[torch.nn.Parameter]
 ) -> tuple[list[tuple[float, float]], float]:
     """Seconds of each step, and of its forward and backward passes alone; and the last loss."""
     full_or_wide = case.method == "full" or case.adapters == "float32"
@@ -189,7 +189,9 @@ def run_steps(
     return times, loss.item()
 
 
-def rates(case: Case, counted: ModelFlops, times: list[tuple[float, float]], peak: float) -> dict[str, Any]:
+def rates(
+    case: StepCase, counted: ModelFlops, times: list[tuple[float, float]], peak: float
+) -> dict[str, Any]:
     """Tokens/s, MFU (attention causal, and full, as others count it) and HFU of the median step."""
     low, step, high = statistics.quantiles([whole for whole, _ in times], n=4)
     tokens, lengths = case.rows * case.length, [case.length // case.docs] * case.docs * case.rows

@@ -22,7 +22,7 @@ import torch
 
 from kit import process
 from kit.measure.gpu import steps
-from kit.measure.gpu.steps import DEVICE, GPU, Case, free, sync
+from kit.measure.gpu.steps import DEVICE, GPU, StepCase, free, sync
 from kit.train.plan import settings
 from kit.train.plan.flops import measured_peak, peak_of
 
@@ -37,7 +37,7 @@ TINY = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
         "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
 SWITCHES = ("packing", "activation_checkpointing", "compile", "weights", "attention", "optimizer", "adapter_inputs")
 # fmt: on
-LORA_8B, FULL_1B = Case(LLAMA_8B), Case(LLAMA_1B, "full", rows=2)
+LORA_8B, FULL_1B = StepCase(LLAMA_8B), StepCase(LLAMA_1B, "full", rows=2)
 EAGER_8B = replace(LORA_8B, compile=False, attention="sdpa")
 KIT = settings.recipe(full=False, compile_model="on" if GPU else "off")
 ROWS: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Suite:
             if name == "unsloth":
                 importlib.import_module(name)
             raise Skip(what)
-        attention = what.attention if isinstance(what, Case) else what["attention"]
+        attention = what.attention if isinstance(what, StepCase) else what["attention"]
         if attention in ("flex_attention", "varlen") and not GPU:
             raise Skip(f"{attention} trains on GPUs only")
         if isinstance(what, dict):
@@ -119,17 +119,17 @@ class Suite:
         fits = int((0.9 * self.memory - one["static_bytes"]) / each)
         return 3 if self.tiny else max(1, min(16, fits))
 
-    def train(self, case: Case) -> dict[str, Any]:
+    def train(self, case: StepCase) -> dict[str, Any]:
         """Measure a case; where it does not fit, once more with checkpointed activations."""
         note, peak = {}, self.sheet or self.measured
         try:
-            found = steps.measure(case, peak)
+            found = steps.measure_case(case, peak)
         except torch.OutOfMemoryError:
             found = None  # and on outside of the handler, whose traceback holds the tensors
         if found is None:
             free()
             case = replace(case, checkpointing=True)
-            found, note = steps.measure(case, peak), {"note": "does not fit without checkpointing"}
+            found, note = steps.measure_case(case, peak), {"note": "does not fit without checkpointing"}
         return asdict(case) | found | {"mfu_of_measured_peak": found["mfu"] * peak / self.measured} | note
 
     def machine(self) -> dict[str, Any]:

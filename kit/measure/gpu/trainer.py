@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from kit.measure.gpu.steps import GPU, LORA, loss_sum, make_model, memory, sync
-from kit.train.encode.batches import collate_packed, predicted
+from kit.train.encode.batches import collate_packed, predicted_tokens
 from kit.train.models.adapters import low_rank
 from kit.train.plan import settings
 
@@ -36,7 +36,7 @@ def epoch(
     )
     rows = [torch.randint(2, model.config.vocab_size, (n,), generator=draw).tolist() for n in lengths]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(model, made, rows, length, folder)
+        trainer = suite_trainer(model, made, rows, length, folder)
         model.set_attn_implementation(made["attention"])
         with settings.prepared(trainer.model, made):
             trainer.train()
@@ -59,7 +59,7 @@ class Timed(trl.SFTTrainer):
         return super().training_step(model, inputs, *args)
 
 
-def build(
+def suite_trainer(
     model: torch.nn.Module, made: dict[str, Any], rows: list[list[int]], length: int, folder: str
 ) -> Timed:
     """The trainer; whatever is not in `made` is as TRL has it, but for files, logs, and the last batch."""
@@ -104,6 +104,6 @@ def mean_loss(model: torch.nn.Module, rows: list[list[int]]) -> float:
     with torch.autocast(device.type, torch.bfloat16, enabled=GPU):
         for ids in (torch.tensor([row], device=device) for row in rows):
             hidden = model.model(ids, use_cache=False).last_hidden_state
-            states, tokens = predicted(hidden, ids)
+            states, tokens = predicted_tokens(hidden, ids)
             total += loss_sum(states, model.get_output_embeddings().weight, tokens).item()
     return total / sum(len(row) - 1 for row in rows)

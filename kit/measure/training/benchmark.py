@@ -30,7 +30,7 @@ from kit.lake.code import code_identity, environment
 from kit.lake.manifest import Counts, Manifest
 from kit.lake.store import Lake
 from kit.measure.training.compare_methods import encoded, gpu_name, in_own_process
-from kit.params import BenchmarkTraining, FinetuneSft, nearest
+from kit.params import BenchmarkTraining, FinetuneSft, did_you_mean
 from kit.progress import progress
 from kit.train.loop.meter import PARTS
 from kit.train.models import load
@@ -38,7 +38,7 @@ from kit.train.models.describe import with_layers
 from kit.train.models.methods import METHODS, adapter_config, base_quantization
 from kit.train.plan import settings
 from kit.train.plan.flops import measured_peak, model_flops, naive_6n
-from kit.train.tune.sft import fit
+from kit.train.tune.sft import fit_rows
 
 Row = dict[str, Any]
 STOCK = {"packing": False, "activation_checkpointing": True}
@@ -119,7 +119,7 @@ def _cell(words: Sequence[str]) -> Cell:
         elif is_set and name in settings.STOCK:
             changes[name] = yaml.safe_load(value)
         else:
-            near = nearest(name, [*FinetuneSft.model_fields, *settings.STOCK, "kit", "stock"])
+            near = did_you_mean(name, [*FinetuneSft.model_fields, *settings.STOCK, "kit", "stock"])
             raise ParamError(f"parameter 'grid': '{word}' names no parameter of 60{near}")
     FinetuneSft(**params)  # a value that cannot be is found before anything runs
     return Cell(" ".join(w for w in words if w != "kit") or "kit", params, changes)
@@ -130,13 +130,13 @@ def run_cells(p: BenchmarkTraining, lake: Lake, tuned: Manifest, wanted: Sequenc
     told = {k: v for k, v in {**tuned.params, **p.model_dump()}.items() if k in FinetuneSft.model_fields}
     told |= {"sft_batch_size": p.grid_batch_size, "sft_steps": p.grid_warmup + p.grid_steps}
     told |= {"eval_rows": 1, "checkpoint_steps": 0}
-    about = {"layers": p.grid_layers, "machine": machine(), "commit": code_identity(p.stage)["git_sha"]}
+    about = {"layers": p.grid_layers, "machine": machine_name(), "commit": code_identity(p.stage)["git_sha"]}
     about |= {k: v for k, v in environment().items() if k in VERSIONS and k != "machine"}
     rows: list[Row] = []
     with contextlib.ExitStack() as stack:
         if p.grid_layers and wanted:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kit-grid-"))
-            told["base_model"] = cut(p, Path(folder))
+            told["base_model"] = write_cut_model(p, Path(folder))
         bar = stack.enter_context(progress(len(wanted), "grid", "cells"))
         for cell in wanted:
             tuning = FinetuneSft(**{**told, **cell.params})
@@ -147,7 +147,7 @@ def run_cells(p: BenchmarkTraining, lake: Lake, tuned: Manifest, wanted: Sequenc
     return rows
 
 
-def cut(p: BenchmarkTraining, folder: Path) -> str:
+def write_cut_model(p: BenchmarkTraining, folder: Path) -> str:
     """Write `p.base_model` with its first `grid_layers` layers alone: as wide, with the same words, only shallower."""
     config = load.open_pretrained(AutoConfig, p.base_model, p.trust_remote_code)
     config = with_layers(config, range(min(p.grid_layers, config.get_text_config().num_hidden_layers)))
@@ -164,7 +164,7 @@ def cell_row(p: FinetuneSft, changes: Mapping[str, Any], lake_uri: str, warmup: 
     gradients and optimizer state written once and read once (sizes from `kit.train.plan`).
     """
     with tempfile.TemporaryDirectory(prefix="kit-cell-") as temp, contextlib.redirect_stdout(io.StringIO()):
-        fitted = fit(p, *encoded(p, lake_uri), Path(temp), {**changes, "synchronise": True})
+        fitted = fit_rows(p, *encoded(p, lake_uri), Path(temp), {**changes, "synchronise": True})
     m, trainer = fitted.metrics, fitted.metrics["trainer"]
     steps, ran, made = trainer.meter[warmup:], m["what_ran"], trainer.model.recipe
     rates = [s["tokens"] / s["seconds"] for s in steps]
@@ -223,7 +223,7 @@ def gains(rows: Sequence[Mapping[str, Any]], wanted: Sequence[Cell]) -> list[dic
     return made
 
 
-def machine() -> str:
+def machine_name() -> str:
     """The GPU of this machine, or its processor and the threads in use."""
     cpu = f"{process.processor()}, {torch.get_num_threads()} threads"
     return gpu_name() if torch.cuda.is_available() else cpu

@@ -21,12 +21,12 @@ from kit.estimate import reference
 from kit.estimate.rates import usd
 from kit.lake.manifest import Counts, Manifest
 from kit.lake.store import Lake
-from kit.params import ComparePeft, FinetuneSft, nearest
+from kit.params import ComparePeft, FinetuneSft, did_you_mean
 from kit.progress import progress
 from kit.train.encode.encode import Rows, prepare
 from kit.train.models import load
 from kit.train.models.methods import METHODS
-from kit.train.tune.sft import fit
+from kit.train.tune.sft import fit_rows
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "full, float32": {"method": "full", "dtype": "float32"},
@@ -54,14 +54,14 @@ rows of ours it compares, in which column, and whether as a saving."""
 
 
 def compare_methods(p: ComparePeft, lake: Lake) -> Manifest:
-    """Commit the table `methods`, one row a way to tune (see `row`), and `claims`, the references' ratios beside ours.
+    """Commit the table `methods`, one row a way to tune (see `method_row`), and `claims`, the references' ratios beside ours.
 
     A way that fails (too large for this machine, not possible with this model) is a row with its error, and counts as
     failed. Raises `ParamError` for a method that does not exist and `ModelError` when every one fails.
     """
     for name in p.methods:
         if name not in METHODS:
-            raise ParamError(f"parameter 'methods': no method '{name}'{nearest(name, METHODS)}")
+            raise ParamError(f"parameter 'methods': no method '{name}'{did_you_mean(name, METHODS)}")
     ways = {name: {"method": name} for name in p.methods}
     ways |= {name: way for name, way in EXTRAS.items() if way["method"] in p.methods}
     with lake.stage(p) as out:
@@ -69,7 +69,9 @@ def compare_methods(p: ComparePeft, lake: Lake) -> Manifest:
         rows = []
         with progress(len(ways), "compare", "methods") as bar:
             for name, way in ways.items():
-                rows.append({"name": name} | in_own_process(row, tuning(p, way), lake.uri, p.usd_per_hour))
+                rows.append(
+                    {"name": name} | in_own_process(method_row, tuning(p, way), lake.uri, p.usd_per_hour)
+                )
                 bar.update()
                 bar.note(
                     f"{name}: {rows[-1]['error'] or format(rows[-1]['samples_per_s'], '.2f') + ' samples/s'}"
@@ -139,7 +141,7 @@ def encoded(p: FinetuneSft, lake_uri: str) -> tuple[Any, Rows, Rows]:
     return tokenizer, train, held
 
 
-def row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, Any]:
+def method_row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, Any]:
     """One way, trained and measured.
 
     `samples_per_s`, `tokens_per_s` (padding excluded), `peak_memory_mb` (of the process, GPU: allocated), `weights_mb`,
@@ -147,7 +149,7 @@ def row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, Any]:
     `parameters` are counts; what ran in words.
     """
     with tempfile.TemporaryDirectory(prefix="kit-compare-") as temp:
-        m = fit(p, *encoded(p, lake_uri), Path(temp)).metrics
+        m = fit_rows(p, *encoded(p, lake_uri), Path(temp)).metrics
     ran = m["what_ran"]
     return {
         "error": "",

@@ -50,7 +50,7 @@ class Principle(BaseModel):
 
 
 @dataclass
-class Case:
+class PrincipleCase:
     """One prompt under one principle; `toward`: probabilities that the revision is better, by order."""
 
     prompt: str
@@ -132,21 +132,25 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
         return out.commit(Counts(**counts), metrics(found, asked))
 
 
-def cases(rows: list[dict], principles: list[Principle], each: int, p: ConstitutionalFeedback) -> list[Case]:
+def cases(
+    rows: list[dict], principles: list[Principle], each: int, p: ConstitutionalFeedback
+) -> list[PrincipleCase]:
     """`each` cases for each of the first `feedback_prompts` prompts; principles take turns, shuffled."""
     prompts = list(dict.fromkeys(row["prompt"] for row in rows if (row["prompt"] or "").strip()))
     if not prompts:
         raise ModelError("no train row of 50_build_datasets has a prompt: there is nothing to answer")
     order = Random(p.seed).sample(principles, len(principles))
     asked = [prompt for prompt in prompts[: p.feedback_prompts] for _ in range(each)]
-    return [Case(prompt, order[i % len(order)]) for i, prompt in enumerate(asked)]
+    return [PrincipleCase(prompt, order[i % len(order)]) for i, prompt in enumerate(asked)]
 
 
-def _going(found: Sequence[Case]) -> list[Case]:
+def _going(found: Sequence[PrincipleCase]) -> list[PrincipleCase]:
     return [case for case in found if not case.lost and not case.error]
 
 
-def _say(asked: Any, role: str, found: Sequence[Case], tokens: int, temperature: float, bar: Any) -> None:
+def _say(
+    asked: Any, role: str, found: Sequence[PrincipleCase], tokens: int, temperature: float, bar: Any
+) -> None:
     """Ask for each case's next text; the prompt said again and a sentence cut short are left out."""
     going = _going(found)
     replies = asked.ask(role, [case.chat() for case in going], tokens, temperature, bar)
@@ -157,7 +161,7 @@ def _say(asked: Any, role: str, found: Sequence[Case], tokens: int, temperature:
         case.error, case.lost = error, "" if error or reply else f"empty {role}"
 
 
-def _drop(asked: Any, found: Sequence[Case], max_tokens: int) -> None:
+def _drop(asked: Any, found: Sequence[PrincipleCase], max_tokens: int) -> None:
     """Leave out what is no pair to learn from, before a judge is asked."""
     told = lambda case, text: (case.prompt, " ".join(text.casefold().split()))  # noqa: E731
     seen = {told(case, case.answer) for case in found}
@@ -169,7 +173,7 @@ def _drop(asked: Any, found: Sequence[Case], max_tokens: int) -> None:
         seen.add(told(case, case.revision))
 
 
-def _judge(asked: Any, found: Sequence[Case], bar: Any) -> None:
+def _judge(asked: Any, found: Sequence[PrincipleCase], bar: Any) -> None:
     """Judge pairs in both orders, and texts beside themselves where a liking of a letter can be taken off."""
     going, n = _going(found), 4 if asked.gives_odds else 2
     texts = [(case, case.answer, case.revision) for case in going]
@@ -190,7 +194,7 @@ def _judge(asked: Any, found: Sequence[Case], bar: Any) -> None:
         case.toward = (second, first)
 
 
-def pair(case: Case) -> dict[str, Any]:
+def pair(case: PrincipleCase) -> dict[str, Any]:
     """The pair of a judged case; the answers go on where the prompt ends, with a space where it has none."""
     toward, space = sum(case.toward) / 2, "" if case.prompt[-1:].isspace() else " "
     better, worse = (case.revision, case.answer) if toward > 0.5 else (case.answer, case.revision)
@@ -198,7 +202,7 @@ def pair(case: Case) -> dict[str, Any]:
     return dict(zip(PAIR.names, (*texts, max(toward, 1 - toward)), strict=True))
 
 
-def judgement(case: Case) -> dict[str, Any]:
+def judgement(case: PrincipleCase) -> dict[str, Any]:
     """All that became of a case, as a row."""
     better = "revision" if sum(case.toward) > 1 else "first answer"
     verdict = case.error or case.lost or f"{better} is better"
@@ -206,7 +210,7 @@ def judgement(case: Case) -> dict[str, Any]:
     return {**texts, "principle": case.principle.name, "toward": list(case.toward), "verdict": verdict}
 
 
-def metrics(found: Sequence[Case], asked: Any) -> dict[str, Any]:
+def metrics(found: Sequence[PrincipleCase], asked: Any) -> dict[str, Any]:
     """Shares of judgements that turn with the order, with a liking of letters and without; calls by role."""
     judged = max(sum(bool(case.toward) for case in found), 1)
     turned = sum(case.lost == JUDGEMENT_TURNS for case in found)

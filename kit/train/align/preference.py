@@ -22,11 +22,11 @@ from kit.params import AlignDpo
 from kit.train.align.objectives import OBJECTIVES
 from kit.train.encode.encode import Rows
 from kit.train.loop.meter import steps_table
-from kit.train.loop.run import quiet, run
+from kit.train.loop.run import quiet, run_training
 from kit.train.models import adapters, load
 from kit.train.models.methods import METHODS
 from kit.train.plan.fit import require_fit
-from kit.train.plan.setup import Setup, resolve, trainer_arguments
+from kit.train.plan.setup import Setup, resolve_setup, trainer_arguments
 
 SHARE_OF_SFT_RATE = 0.2
 """A fifth of the method's rate for fine-tuning: preferences move a model that writes well already."""
@@ -48,7 +48,7 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         raise ModelError(f"70 cannot train a learned prompt (method={p.method}): full, lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-dpo-") as temp:
         data, tuned = out.read(p.preferences_from), out.read("60_finetune_sft")
-        setup = resolve(p)
+        setup = resolve_setup(p)
         tokenizer = setup.tokenizer()
         found = lake.table(data, "preferences").to_pylist()
         pairs = usable(found, tokenizer, setup.fit.tokens)
@@ -112,8 +112,8 @@ def _train(
     folder: Path,
 ) -> tuple[Any, dict[str, Any]]:
     """One training from the tuned model: the trainer, and its metrics with those of the held-out pairs."""
-    trainer = build(p, setup, setup.model(adapters=[tuned]), tokenizer, pairs, held, folder)
-    ran = run(trainer, f"{p.preference_loss} β {p.dpo_beta:g}")
+    trainer = preference_trainer(p, setup, setup.model(adapters=[tuned]), tokenizer, pairs, held, folder)
+    ran = run_training(trainer, f"{p.preference_loss} β {p.dpo_beta:g}")
     if len(trainer.train_dataset) != len(pairs) * (1 if OBJECTIVES[p.preference_loss].paired else 2):
         raise ModelError("TRL dropped preference pairs that the kit had counted as usable")
     ran |= logged(trainer)
@@ -164,7 +164,7 @@ def _flaw(pair: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> str | Non
     return None
 
 
-def build(
+def preference_trainer(
     p: AlignDpo,
     setup: Setup,
     model: Any,

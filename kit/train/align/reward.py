@@ -30,11 +30,11 @@ from kit.train.align.preference import usable
 from kit.train.align.trust import calibration, hacking, repetition, wilson
 from kit.train.encode.encode import Rows, perplexity, prepare
 from kit.train.loop.meter import Metered, steps_table
-from kit.train.loop.run import quiet, run
+from kit.train.loop.run import quiet, run_training
 from kit.train.models import adapters, load
 from kit.train.models.methods import METHODS
 from kit.train.plan.fit import require_fit
-from kit.train.plan.setup import Setup, resolve, trainer_arguments
+from kit.train.plan.setup import Setup, resolve_setup, trainer_arguments
 
 FEWEST = 4  # pairs: with 4 right of 4, the Wilson interval leaves out a coin's 1/2 for the first time
 ANSWERS = 2  # to each held-out prompt, before and after
@@ -133,10 +133,10 @@ def train_reward(setup: Setup, tokenizer: Any, pairs: Rows, folder: Path) -> tup
             model, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
         )
     adapters.widen_trained(trainer.model)
-    return trainer, run(trainer, "reward model")
+    return trainer, run_training(trainer, "reward model")
 
 
-def judged(judge: Judge, held: Rows) -> dict[str, Any]:
+def reward_scores(judge: Judge, held: Rows) -> dict[str, Any]:
     """How good a reward model is on unseen pairs; lengths are those of the whole texts, in characters."""
     sides = [(tuple(pair["chosen_ids"]), tuple(pair["rejected_ids"])) for pair in held.rows]
     known = {text: 0.0 for pair in sides for text in pair}  # pairs share texts: each is read once
@@ -201,7 +201,9 @@ def build_policy(
     return trainer
 
 
-def measure(trainer: Any, judge: Judge, held: Rows, seed: int, when: str) -> tuple[dict[str, float], list]:
+def measure_policy(
+    trainer: Any, judge: Judge, held: Rows, seed: int, when: str
+) -> tuple[dict[str, float], list]:
     """Means over `ANSWERS` to each held-out prompt, drawn with the same seed every time; and the answers."""
     judge.seen, batches = [], trainer.get_eval_dataloader()
     torch.manual_seed(seed)
@@ -223,7 +225,7 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
     do, and a first KL that is not 0.
     """
     load.set_threads(p.threads)
-    reward, policy = (resolve(p, fit) for fit in p.fits())
+    reward, policy = (resolve_setup(p, fit) for fit in p.fits())
     if not isinstance(reward.adapter, LoraConfig):
         raise ModelError(f"71 trains low-rank adapters, not method={p.method}: lora, qlora or dora")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-reward-") as temp:
@@ -242,15 +244,15 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
             require_fit(setup, rows_tokens=[setup.fit.tokens])
         fitted, learned = train_reward(reward, tokenizer, pairs, Path(temp, "r"))
         judge = Judge(fitted.model, tokenizer)
-        learned |= judged(judge, unseen)
+        learned |= reward_scores(judge, unseen)
         model = policy.model(adapters=[lake.local_folder(tuned, "model")])
         trainer = build_policy(p, policy, model, judge, asked, Path(temp, "p"))
-        before, first = measure(trainer, judge, held, p.seed, "before")
-        ran = run(trainer, f"policy {p.policy_objective}")
+        before, first = measure_policy(trainer, judge, held, p.seed, "before")
+        ran = run_training(trainer, f"policy {p.policy_objective}")
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
             raise ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")
-        after, last = measure(trainer, judge, held, p.seed, "after")
+        after, last = measure_policy(trainer, judge, held, p.seed, "after")
         for name, trained in (("reward", fitted), ("model", trainer)):
             folder = Path(temp, name)
             adapters.save_adapter(trained.model, folder, policy.base_model, policy.quantization)

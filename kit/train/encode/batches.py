@@ -14,7 +14,7 @@ IGNORED = -100
 """Label of a token that the loss leaves out: prompt and padding (the value torch and TRL use)."""
 
 
-def padded(
+def padded_batch(
     rows: Sequence[Mapping[str, list[int]]], pad: int, length: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Encoded rows as int64 tensors [rows, longest, or `length`]: ids, attention mask, labels; padded on the right."""
@@ -35,7 +35,7 @@ def collate_packed(
     ends. A row stays a row; TRL's own collator strings a batch into one, whose attention mask is quadratic in all of
     it where no flash kernel runs. A document's first token, and padding, is not predicted.
     """
-    ids, _, labels = padded(rows, pad, length)
+    ids, _, labels = padded_batch(rows, pad, length)
     positions = torch.zeros_like(ids)
     for row, packed in zip(positions, rows, strict=True):
         row[: len(packed["input_ids"])] = torch.cat([torch.arange(n) for n in packed["seq_lengths"]])
@@ -50,7 +50,7 @@ def packed_lengths(positions: torch.Tensor) -> torch.Tensor:
     return lengths[lengths > 1]
 
 
-def predicted(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def predicted_tokens(values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`values` [n, …] at the position before every token that counts, and these tokens [n].
 
     Of `values` [rows, length, …] (logits, or hidden states) and `labels` [rows, length], on the same device. What stands

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kit.errors import ModelError
 from kit.lake.manifest import Counts
-from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss
+from kit.train.encode.batches import IGNORED, padded_batch, predicted_tokens, summed_loss
 
 
 @dataclass
@@ -52,7 +52,7 @@ def prepare(
             found.dropped["empty"] = found.dropped.get("empty", 0) + 1
             continue
         # one more token than fits tells whether something was cut
-        longer = encode(row, tokenizer, max_tokens + 1, task)
+        longer = encode_row(row, tokenizer, max_tokens + 1, task)
         encoded = {key: values[:max_tokens] for key, values in longer.items()}
         if not counted_tokens(encoded["labels"]):
             found.dropped["prompt fills max_tokens"] = found.dropped.get("prompt fills max_tokens", 0) + 1
@@ -111,7 +111,7 @@ TASKS: dict[str, Callable[[dict[str, Any], PreTrainedTokenizerBase], tuple[str, 
 """How a row becomes (what is given, what is learned)."""
 
 
-def encode(
+def encode_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_tokens: int, task: str = "completion"
 ) -> dict[str, list[int]]:
     """One row as `input_ids` and `labels`, at most `max_tokens` long; prompt tokens are `IGNORED` in the
@@ -155,11 +155,11 @@ def perplexity(
     ordered = sorted(rows, key=lambda r: len(r["input_ids"]))  # like lengths together: less padding
     for start in range(0, len(ordered), batch):
         where = next(model.parameters()).device
-        tensors = padded(ordered[start : start + batch], tokenizer.pad_token_id)
+        tensors = padded_batch(ordered[start : start + batch], tokenizer.pad_token_id)
         ids, mask, labels = (tensor.to(where) for tensor in tensors)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         # a learned prompt stands before the text
-        scored, said = predicted(logits[:, -ids.shape[1] :], labels)
+        scored, said = predicted_tokens(logits[:, -ids.shape[1] :], labels)
         total += summed_loss(scored, said).item()
         tokens += len(said)
     model.train(was_training)

@@ -24,15 +24,15 @@ from transformers.utils.import_utils import is_serve_available
 from kit import show
 from kit.errors import ModelError
 from kit.lake.code import code_identity, environment
-from kit.lake.manifest import Manifest, losses
+from kit.lake.manifest import Manifest, counts_line
 from kit.lake.store import Lake
 from kit.params import MergeAndExport
 from kit.progress import Progress, progress
-from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss
+from kit.train.encode.batches import IGNORED, padded_batch, predicted_tokens, summed_loss
 from kit.train.encode.encode import prepare
 from kit.train.loop.meter import peak_memory
 from kit.train.models import adapters, load, shipped
-from kit.train.models.consolidate import explained, open_sharded
+from kit.train.models.consolidate import file_errors, open_sharded
 from kit.train.models.generate import generate
 from kit.train.models.methods import METHODS
 
@@ -71,10 +71,10 @@ def merge_and_export(p: MergeAndExport, lake: Lake) -> Manifest:
                     f"the merge changes the logits by {drift:.2g} (limit {LIMIT[kind]}, base in {kind})"
                 )
             probe.look("cast", load.cast(model, getattr(torch, p.export_dtype)))
-            with explained("the merged model cannot be saved"):
+            with file_errors("the merged model cannot be saved"):
                 model.save_pretrained(folder, max_shard_size=f"{p.export_shard_mb}MB")
                 tokenizer.save_pretrained(folder)
-            verify(folder, model)
+            verify_export(folder, model)
             model = None  # room for the next one
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=p.export_dtype).to(load.device())
             probe.look("reloaded", model, answer=True)
@@ -118,7 +118,7 @@ def attached(open_base: Any, folders: list[str], kind: str, trained_in: str) -> 
     return PeftModel.from_pretrained(model, folders[-1])
 
 
-def verify(folder: Path, model: torch.nn.Module) -> None:
+def verify_export(folder: Path, model: torch.nn.Module) -> None:
     """Raise `ModelError` unless the files hold every tensor of `model`, bit by bit; of tied ones, one."""
     (tensors, read), state = open_sharded(folder), model.state_dict()
     held = {state[n].data_ptr() for n in tensors if n in state and torch.equal(read(n), state[n].cpu())}
@@ -142,9 +142,9 @@ class Probe:
         """Relative L2 change of the scored logits against the first model's; with `answer`, answers are kept."""
         scored = []
         for row in self.rows:  # one at a time, without padding: nothing but the weights can make a difference
-            ids, _, labels = padded([row], self.tokenizer.pad_token_id)
+            ids, _, labels = padded_batch([row], self.tokenizer.pad_token_id)
             made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
-            scored.append(predicted(made.cpu(), labels))
+            scored.append(predicted_tokens(made.cpu(), labels))
         logits = torch.cat([before.float() for before, _ in scored])
         tokens = torch.cat([said for _, said in scored])
         self.first = self.first if self.steps else logits
@@ -237,7 +237,7 @@ def card(p: MergeAndExport, lake: Lake, steps: list[dict[str, Any]]) -> str:
         f"---\nbase_model: {base}\nlicense: {'apache-2.0' if known else 'other'}\npipeline_tag: text-generation\n---",
         f"# {p.run}: {base}, tuned\n\n{ways}; adapters merged in float32, saved as {p.export_dtype}.",
         "## Data\n\nWeb pages and files; licences are their owners', mostly unknown (see `card.md` of stage 50).\n",
-        *(f"- {s}: {show.escape(losses(m.counts))}" for s, m in sorted(found.items())),
+        *(f"- {s}: {show.escape(counts_line(m.counts))}" for s, m in sorted(found.items())),
         "\n## Measured\n",
         *(f"- {s}: {k} = {v:.4g}" for s, k, v in scores),
         *(f"- {s['step']}: logits {s['relative']:.2g} off, perplexity {s['perplexity']:.4g}" for s in steps),

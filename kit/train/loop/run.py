@@ -52,7 +52,7 @@ def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
             shutil.rmtree(old)
 
 
-def run(trainer: Any, label: str) -> dict[str, Any]:
+def run_training(trainer: Any, label: str) -> dict[str, Any]:
     """Train, from the last whole checkpoint in the trainer's folder where there is one.
 
     Returns losses, tokens, seconds, tokens/s, peak memory, FLOPs per token and what really ran; of a run that
@@ -82,7 +82,7 @@ def run(trainer: Any, label: str) -> dict[str, Any]:
             if not no_space(error):
                 raise
             raise disk_full(trainer.state.global_step, last_checkpoint(folder)) from None
-    return measured(trainer, peak_rate) | {
+    return meter_totals(trainer, peak_rate) | {
         "peak_rss_mb": peak["mb"],
         "resumed_at": done,
         "trainable": describe(trainer.model)["trainable"],
@@ -96,7 +96,7 @@ def disk_full(step: int, whole: Path | None) -> ModelError:
     return ModelError(f"the disk is full, while saving step {step}; {kept}")
 
 
-def measured(trainer: Any, peak_rate: float) -> dict[str, Any]:
+def meter_totals(trainer: Any, peak_rate: float) -> dict[str, Any]:
     """What the meter of a training adds up to, over all its steps; `peak_rate`: FLOP/s that the machine can reach."""
     total = {key: sum(step[key] for step in trainer.meter) for key in SUMMED}
     seconds = sum(step["seconds"] for step in trainer.meter)

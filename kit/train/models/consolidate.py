@@ -41,7 +41,7 @@ class Metadata(pickle.Unpickler):
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def file_errors(what: str) -> Iterator[None]:
     """Turn a full disk and unreadable files into one `ModelError` line."""
     try:
         yield
@@ -56,7 +56,7 @@ def open_sharded(folder: Path) -> tuple[dict[str, torch.Tensor], Callable[[str],
     Safetensors in any number of files, and DCP folders (slices, a file or more a rank: FSDP2, tensor parallelism,
     any DTensor): of these the model, not the optimizer. Raises `ModelError` for a folder that is not whole.
     """
-    with explained(f"'{folder.name}' cannot be read"):
+    with file_errors(f"'{folder.name}' cannot be read"):
         if (folder / ".metadata").exists():
             reader, about = dcp.FileSystemReader(folder), Metadata((folder / ".metadata").open("rb")).load()
         else:
@@ -78,7 +78,7 @@ def open_sharded(folder: Path) -> tuple[dict[str, torch.Tensor], Callable[[str],
     def read(name: str) -> torch.Tensor:
         key, size, dtype = keys[name]
         state = {key: torch.empty(size, dtype=dtype)}
-        with explained(f"{name} of '{folder.name}' cannot be read"):
+        with file_errors(f"{name} of '{folder.name}' cannot be read"):
             dcp.load(state, storage_reader=reader, no_dist=True)
         return state[key]
 
@@ -92,7 +92,7 @@ def consolidate(source: Path, target: Path, shard_mb: int, config_from: Path | N
     Returns the number of tensors of each file. Raises `ModelError`, also for a full disk.
     """
     about, work, (tensors, read) = config_from or source, Path(f"{target}.part"), open_sharded(source)
-    with explained(f"'{target.name}' cannot be written"), contextlib.ExitStack() as stack:
+    with file_errors(f"'{target.name}' cannot be written"), contextlib.ExitStack() as stack:
         if json.loads((about / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"):
             tensors.pop("lm_head.weight", None)  # the embeddings again: a state_dict() names them twice
         plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_mb * 10**6)

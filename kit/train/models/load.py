@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from kit import process, resolve
+from kit import process, resolve_path
 from kit.errors import ModelError
 from kit.train.models import shipped
 from kit.train.models.adapters import merge_adapter, tuned_on
@@ -44,7 +44,7 @@ def locate(name: str) -> tuple[str, bool]:
                 f"the shipped model is not here yet: run '{shipped.FETCH}' once, with the network"
             )
         return str(shipped.CACHE / shipped.PACKAGES[name].folder), True
-    folder = Path(resolve(name))
+    folder = Path(resolve_path(name))
     if folder.suffix == ".gguf":
         return str(_from_gguf(folder, name)), True
     if folder.is_dir():

@@ -86,7 +86,7 @@ def base_quantization(p: Tuning) -> str:
 
 
 @torch.no_grad()
-def begin(model: torch.nn.Module, ids: Sequence[int]) -> None:
+def begin_prompt(model: torch.nn.Module, ids: Sequence[int]) -> None:
     """Let a learned prompt or prefix begin as a real one: the embeddings, or keys and values, of the tokens `ids`.
 
     A random one does harm that takes hundreds of steps to undo (measured with SmolLM2 and a random prefix: a held-out

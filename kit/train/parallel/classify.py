@@ -29,16 +29,16 @@ from kit import process
 from kit.errors import ModelError, ParamError
 from kit.lake.manifest import Counts, Manifest
 from kit.lake.store import Lake
-from kit.params import ClassifySentiment, nearest
+from kit.params import ClassifySentiment, did_you_mean
 from kit.progress import progress
 from kit.train.models import load
 from kit.train.models.consolidate import consolidate
 from kit.train.parallel.rank import timed
-from kit.train.parallel.rank_job import CHECKPOINT, ROWS, START, Job, padded, save_rows, steps_of
+from kit.train.parallel.rank_job import CHECKPOINT, ROWS, START, RankJob, padded_length, save_rows, steps_of
 from kit.train.parallel.ranks import jobs, launch, require
 from kit.train.parallel.strategies import STRATEGIES
 from kit.train.plan.flops import ModelFlops, model_flops
-from kit.train.plan.scaling import Links, Work, predict
+from kit.train.plan.scaling import Links, StepWork, predict
 
 LABELS = {0: "negative", 1: "positive"}
 """Ratings 1 and 2, and 3 to 5 (50 makes them)."""
@@ -54,14 +54,14 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
     """
     for name in p.strategies:
         if name not in STRATEGIES:
-            raise ParamError(f"parameter 'strategies': no '{name}'{nearest(name, STRATEGIES)}")
+            raise ParamError(f"parameter 'strategies': no '{name}'{did_you_mean(name, STRATEGIES)}")
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-classify-") as temp:
         data, folder = out.read("50_build_datasets"), Path(temp)
         rows = lake.table(data, "train").to_pylist()
         train, held = labelled(rows, "train"), labelled(lake.table(data, "heldout").to_pylist(), "heldout")
         tokenizer = load.open_pretrained(AutoTokenizer, p.encoder)
-        counted = begin(p, tokenizer, folder / START)
-        encoded = encode(tokenizer, [text for text, _ in train], p.max_tokens)
+        counted = write_start(p, tokenizer, folder / START)
+        encoded = encode_texts(tokenizer, [text for text, _ in train], p.max_tokens)
         save_rows(folder / ROWS, encoded, [label for _, label in train])
         steps = schedule(p, encoded)
         reached, lengths = {i for step in steps for i in step}, [[len(encoded[i]) for i in s] for s in steps]
@@ -73,14 +73,14 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         with progress(len(ways) * (p.classify_steps + p.check_steps), "classify", "steps") as bar:
             for name, (job, ranks) in ways.items():
                 report = launch(folder, job, ranks, bar)
-                found = score(p, folder, tokenizer, held, folder / f"model-{name}")
-                made.append(row(name, job, report, found, counted, lengths))
+                found = consolidated_accuracy(p, folder, tokenizer, held, folder / f"model-{name}")
+                made.append(way_row(name, job, report, found, counted, lengths))
                 losses[name] = report[0]["checked"] + report[0]["losses"]
                 reports += report
         one = made[0]
         for m in made:
             m["speed_up"] = one["seconds"] / m["seconds"]
-            m["predicted"] = predicted(ways[m["strategy"]], m, one, config, lengths)
+            m["predicted"] = predicted_speed_up(ways[m["strategy"]], m, one, config, lengths)
             m["loss_difference"] = max(
                 abs(a - b) for a, b in zip(losses[m["strategy"]][: p.check_steps], losses["one"])
             )
@@ -111,7 +111,7 @@ def labelled(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, int]]
     return found
 
 
-def begin(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFlops:
+def write_start(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFlops:
     """Write the model that every way begins with: the encoder and a new head, no dropout; returns its FLOPs."""
     torch.manual_seed(p.seed)
     said = transformers_logging.get_verbosity()
@@ -130,7 +130,9 @@ def begin(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path
     return model_flops(model, causal=False)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int
+) -> list[list[int]]:
     """Token ids of each text, cut to `max_tokens`."""
     return tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
 
@@ -145,7 +147,7 @@ def schedule(p: ClassifySentiment, encoded: Sequence[Sequence[int]]) -> list[lis
     return list(steps_of([len(ids) for ids in encoded], fit.step_rows, fit.steps, p.seed))
 
 
-def score(
+def consolidated_accuracy(
     p: ClassifySentiment,
     folder: Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -172,9 +174,9 @@ def score(
     return right / len(held)
 
 
-def row(
+def way_row(
     name: str,
-    job: Job,
+    job: RankJob,
     report: Sequence[dict[str, Any]],
     accuracy: float,
     counted: ModelFlops,
@@ -205,8 +207,8 @@ def row(
     }
 
 
-def predicted(
-    way: tuple[Job, int],
+def predicted_speed_up(
+    way: tuple[RankJob, int],
     made: dict[str, Any],
     one: dict[str, Any],
     config: PretrainedConfig,
@@ -220,8 +222,8 @@ def predicted(
     job, ranks = way
     if ranks == 1:
         return 1.0
-    longest = [padded(max(step)) for step in steps]
-    work = Work(
+    longest = [padded_length(max(step)) for step in steps]
+    work = StepWork(
         parameters=one["parameters_a_rank"], trained=one["parameters_a_rank"], layers=config.num_hidden_layers,
         heads=config.num_attention_heads, hidden=config.hidden_size, tokens=sum(map(sum, steps)) / len(steps),
         positions=job.rows * sum(longest) / len(longest), flops=one["step_seconds"], activations=0.0, rows=job.rows,

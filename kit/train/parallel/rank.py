@@ -31,7 +31,7 @@ from torch.profiler import profile
 from transformers import AutoModelForSequenceClassification
 
 from kit.train.models.load import set_threads
-from kit.train.parallel.rank_job import CHECKPOINT, JOB, REPORT, ROWS, START, Data, Job, steps_of
+from kit.train.parallel.rank_job import CHECKPOINT, JOB, REPORT, ROWS, START, Data, RankJob, steps_of
 from kit.train.parallel.strategies import STRATEGIES, Plain, mesh_of, weights
 from kit.train.plan.flops import measured_peak
 from kit.train.plan.scaling import measured_links
@@ -40,7 +40,7 @@ WARM_UP = 2
 """Steps that are left out of the times: allocators, buckets and pipelines are set up in them."""
 
 
-def train(folder: Path, job: Job, mesh: DeviceMesh, device: torch.device) -> dict[str, Any]:
+def train(folder: Path, job: RankJob, mesh: DeviceMesh, device: torch.device) -> dict[str, Any]:
     """Train as `job` says and leave a sharded checkpoint; what was measured on this rank."""
     data = Data(folder / ROWS, device)
     checked, _, _ = _run(folder, replace(job, dtype="float32", steps=job.check_steps), mesh, data)
@@ -61,7 +61,7 @@ def timed(steps: int) -> range:
     return range(WARM_UP, steps - 1) or range(steps)
 
 
-def _run(folder: Path, job: Job, mesh: DeviceMesh, data: Data) -> tuple[list[float], list[float], Plain]:
+def _run(folder: Path, job: RankJob, mesh: DeviceMesh, data: Data) -> tuple[list[float], list[float], Plain]:
     """Losses and seconds of each step, and the model, from its start."""
     steps = job.steps
     model = AutoModelForSequenceClassification.from_pretrained(folder / START, dtype=torch.float32)
@@ -129,7 +129,7 @@ def same_devices(names: Sequence[str]) -> None:
 
 def main(folder: Path) -> None:
     """One rank: train, and leave a report; what goes wrong here stands in a file that the parent reads."""
-    job = Job(**json.loads((folder / JOB).read_text(encoding="utf-8")))
+    job = RankJob(**json.loads((folder / JOB).read_text(encoding="utf-8")))
     gpu, rank = torch.cuda.is_available(), int(os.environ["RANK"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     set_threads(job.threads)

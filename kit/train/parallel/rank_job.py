@@ -16,7 +16,7 @@ PAD_TO = 32
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What every rank is told. A step trains on `rows` rows, in `accumulation` passes; `tensor` ranks share a layer."""
 
     strategy: str
@@ -56,7 +56,7 @@ def steps_of(lengths: Sequence[int], rows: int, steps: int, seed: int) -> Iterat
             made += 1
 
 
-def padded(length: int) -> int:
+def padded_length(length: int) -> int:
     """The length that a batch is given whose longest row has `length` tokens."""
     return -(-length // PAD_TO) * PAD_TO
 
@@ -71,7 +71,7 @@ class Data:
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """Rows as [rows, length] tensors, padded to a multiple of `PAD_TO`."""
-        length = padded(max(self.lengths[i] for i in rows))
+        length = padded_length(max(self.lengths[i] for i in rows))
         ids, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(2))
         for row, i in enumerate(rows):
             ids[row, : self.lengths[i]], mask[row, : self.lengths[i]] = self.ids[i], 1

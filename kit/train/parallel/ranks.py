@@ -22,13 +22,13 @@ from kit.params import ClassifySentiment
 from kit.progress import Progress
 from kit.train.models import load
 from kit.train.parallel import rank as parallel
-from kit.train.parallel.rank_job import CHECKPOINT, JOB, REPORT, Job
+from kit.train.parallel.rank_job import CHECKPOINT, JOB, REPORT, RankJob
 
 
-def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
+def jobs(p: ClassifySentiment, name: str) -> tuple[RankJob, int]:
     """The job of one way, and on how many ranks."""
     (fit,) = p.fits()
-    job = Job(
+    job = RankJob(
         strategy=name, rows=fit.step_rows, accumulation=fit.accumulation,
         tensor=p.tensor_ranks, steps=fit.steps, check_steps=p.check_steps,
         learning_rate=fit.learning_rate, dtype=str(load.pick_dtype(p.dtype)).removeprefix("torch."),
@@ -37,7 +37,7 @@ def jobs(p: ClassifySentiment, name: str) -> tuple[Job, int]:
     return job, {"one": 1, "tensor_data": p.tensor_ranks * p.data_ranks}.get(name, p.ranks)
 
 
-def require(name: str, job: Job, ranks: int, config: PretrainedConfig) -> None:
+def require(name: str, job: RankJob, ranks: int, config: PretrainedConfig) -> None:
     """Raise `ModelError` when ranks cannot share what they are to share: heads, layers, rows of a pass."""
     tensor = {"tensor": ranks, "tensor_data": job.tensor}.get(name, 1)
     stages = ranks if name == "pipeline" else 1
@@ -62,7 +62,7 @@ def require(name: str, job: Job, ranks: int, config: PretrainedConfig) -> None:
         )
 
 
-def launch(folder: Path, job: Job, ranks: int, bar: Progress) -> list[dict[str, Any]]:
+def launch(folder: Path, job: RankJob, ranks: int, bar: Progress) -> list[dict[str, Any]]:
     """Run `job` by `torchrun` on `ranks` processes here; what each of them reports. Raises `ModelError`."""
     for old in (REPORT, *(f.name for f in folder.glob("rank-*.error"))):
         (folder / old).unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
-from kit.train.parallel.rank_job import Batch, Job
+from kit.train.parallel.rank_job import Batch, RankJob
 
 MEGATRON = {
     "attention.self.query": ColwiseParallel(), "attention.self.key": ColwiseParallel(),
@@ -28,7 +28,7 @@ MEGATRON = {
 """How a BERT layer is cut: heads and inner width by columns, then back by rows (Shoeybi et al. 2019); the rest is whole."""
 
 
-def half(job: Job, device: torch.device) -> torch.autocast:
+def half(job: RankJob, device: torch.device) -> torch.autocast:
     """One forward pass in bfloat16 where the job says so.
 
     Around the pass alone: autocast keeps the weights it has cast, and those that FSDP2 gathered for an earlier pass
@@ -40,7 +40,7 @@ def half(job: Job, device: torch.device) -> torch.autocast:
 class Plain:
     """A model whose every rank runs all layers: alone, or with its weights or their gradients shared."""
 
-    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, job: Job) -> None:
+    def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, job: RankJob) -> None:
         self.data = mesh["data"] if "data" in (mesh.mesh_dim_names or ()) else None
         self.job = job
         self.model = self.wrap(model, mesh)
@@ -157,7 +157,7 @@ class Pipeline(Plain):
 class Part(nn.Module):
     """Some consecutive layers of a BERT classifier, with what comes before the first and after the last."""
 
-    def __init__(self, model: PreTrainedModel, job: Job) -> None:
+    def __init__(self, model: PreTrainedModel, job: RankJob) -> None:
         super().__init__()
         self.model, self.job = model, job
 
@@ -180,7 +180,7 @@ STRATEGIES: dict[str, type[Plain]] = {
 """Every way, by the name that the parameters use."""
 
 
-def mesh_of(job: Job, device: torch.device) -> DeviceMesh:
+def mesh_of(job: RankJob, device: torch.device) -> DeviceMesh:
     """How the ranks are arranged: the fast neighbours share layers."""
     ranks = dist.get_world_size()
     tensor = {"tensor": ranks, "tensor_data": job.tensor}.get(job.strategy, 1)

@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from kit import resolve
+from kit import resolve_path
 from kit.params import Tuning
 from kit.train.models import load, shipped
 from kit.train.models.describe import with_layers
@@ -43,7 +43,7 @@ FACTS: dict[str, dict[str, Any]] = {
 def read_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of `name`, of the `FACTS` without asking anybody; raises `ModelError`."""
     short = re.sub(r"^.*/(Meta-)?|(-Instruct|-chat)?(-hf)?$", "", name)
-    if short in FACTS and not Path(resolve(name)).is_dir():
+    if short in FACTS and not Path(resolve_path(name)).is_dir():
         return AutoConfig.for_model(**FACTS[short])
     return load.open_pretrained(AutoConfig, name, trust_remote_code)
 

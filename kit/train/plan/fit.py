@@ -20,7 +20,7 @@ from kit.params import CompareGenerations, Training, Tuning
 from kit.train.plan import settings
 from kit.train.plan.dry import look
 from kit.train.plan.machine import MB, Machine
-from kit.train.plan.setup import Setup, dtype_on, resolve
+from kit.train.plan.setup import Setup, dtype_on, resolve_setup
 
 STORED = {"int8": 1.0, "nf4": 0.5 + 4 / 64, "nf4_double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes a weight of a quantised linear layer: NF4 has a float32 scale for 64 weights, double quantisation 8 bits."""
@@ -59,7 +59,7 @@ class Plan:
         }
 
 
-def plan(setup: Setup, rows_tokens: Sequence[int] = ()) -> Plan:
+def plan_training(setup: Setup, rows_tokens: Sequence[int] = ()) -> Plan:
     """Memory at its peak and seconds of a training on texts of these lengths (none given: all as long as they may be).
 
     Not covered: attention without SDPA, models whose layers differ, several GPUs. Raises `ModelError`.
@@ -143,7 +143,7 @@ def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
     return [max(draw.choices(lengths, k=rows)) for _ in range(200)]
 
 
-def nearest(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str, Any], Plan] | None:
+def nearest_fit(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str, Any], Plan] | None:
     """The cheapest changes of parameters with which a training fits, and its plan then; None when nothing does."""
     p, fit = setup.given, setup.fit
 
@@ -151,7 +151,7 @@ def nearest(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str, An
         values = {name: value for change in changes for name, value in change.items()}
         changed = p.model_copy(update=values)
         same = next(other for other in changed.fits() if other.name == fit.name)
-        made = plan(resolve(changed, same, setup.machine), rows_tokens)
+        made = plan_training(resolve_setup(changed, same, setup.machine), rows_tokens)
         new = {name: value for name, value in values.items() if value != getattr(p, name)}
         return (new, made) if made.memory_mb <= setup.machine.memory_mb else None
 
@@ -177,7 +177,7 @@ def nearest(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str, An
 
 def require_fit(setup: Setup, *, rows_tokens: Sequence[int]) -> Plan:
     """The plan of a run; raises `ModelError` with the nearest one that fits when its machine is too small."""
-    made = plan(setup, rows_tokens)
+    made = plan_training(setup, rows_tokens)
     if made.memory_mb > setup.machine.memory_mb:
         raise ModelError(too_large(setup, made, rows_tokens))
     return made
@@ -186,7 +186,7 @@ def require_fit(setup: Setup, *, rows_tokens: Sequence[int]) -> Plan:
 def too_large(setup: Setup, made: Plan, rows_tokens: Sequence[int] = ()) -> str:
     """One line: what is needed, what there is, and which parameters to change."""
     instead = "no way to tune it fits, take a smaller base_model"
-    if fitting := nearest(setup, rows_tokens):
+    if fitting := nearest_fit(setup, rows_tokens):
         changes, smaller = fitting
         words = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
         instead = f"{words} needs {smaller.memory_mb / 1024:.1f} GB"
@@ -203,8 +203,8 @@ def foresee(p: Training, machine: Machine) -> tuple[Plan | None, str]:
     None for a stage whose size has nothing to do with the model's.
     """
     if isinstance(p, Tuning):
-        setups = [resolve(p, fit, machine) for fit in p.fits()]
-        plans = [plan(setup) for setup in setups]
+        setups = [resolve_setup(p, fit, machine) for fit in p.fits()]
+        plans = [plan_training(setup) for setup in setups]
         setup, largest = max(zip(setups, plans), key=lambda pair: pair[1].memory_mb)
         made = replace(largest, seconds=sum(each.seconds for each in plans))  # one after the other
         return made, too_large(setup, largest) if largest.memory_mb > machine.memory_mb else ""

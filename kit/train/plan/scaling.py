@@ -38,7 +38,7 @@ BUCKET, SIZES = 25 * 2**20, (2**16, 2**24)
 
 
 @dataclass(frozen=True)
-class Work:
+class StepWork:
     """One optimizer step of the whole batch as one device would do it.
 
     Bytes of a `weight`, on its way to be gathered (`wire`), of a trained one's `gradient`, `optimizer` state and passing
@@ -115,7 +115,7 @@ class Prediction:
     idle: int = 0  # ranks without a row
 
 
-def predict(work: Work, links: Links, strategy: str, ranks: int, tensor: int = 1) -> Prediction:
+def predict(work: StepWork, links: Links, strategy: str, ranks: int, tensor: int = 1) -> Prediction:
     """One step on `ranks` devices; `tensor`: size of the tensor-parallel groups of `tensor_data`. Raises `ModelError`."""
     if strategy not in STRATEGIES or min(ranks, tensor) < 1:
         raise ModelError(f"no strategy '{strategy}' on {ranks} ranks; known: {', '.join(STRATEGIES)}")
@@ -159,7 +159,7 @@ def predict(work: Work, links: Links, strategy: str, ranks: int, tensor: int = 1
 
 
 def _sends(
-    work: Work, s: int, t: int, d: int, shards: int, share: float, passes: int, compute: float
+    work: StepWork, s: int, t: int, d: int, shards: int, share: float, passes: int, compute: float
 ) -> Iterator[tuple[float, float, int, int, float]]:
     """Bytes that a rank sends, in how many collectives, ranks of a ring and their distance, seconds to hide it behind."""
     gradients, each = work.trained * work.gradient / t, work.positions * share * work.hidden * work.value
@@ -175,16 +175,16 @@ def _sends(
         yield 2 * each, 2 * (work.chunks or work.microbatches), s, 1, 0.0
 
 
-def work_of(setup: Setup) -> Work:
+def work_of(setup: Setup) -> StepWork:
     """A step of a training, every text as long as it may be, from the plan for its machine. Raises `ModelError`."""
     from kit.train.plan import dry  # with TRL and PEFT; a rank that only measures its links does without
     from kit.train.plan import fit as plan
 
     seen, fit, machine, dtype = setup.seen, setup.fit, setup.machine, setup.dtype
-    made = plan.plan(setup)
+    made = plan.plan_training(setup)
     config = dry.read_config(setup.base_model, setup.trust_remote_code).get_text_config()
     # a plan's activations are the room that AdamW's update takes where that is more; in 8 bits it takes none
-    forward = plan.plan(replace(setup, optimizer="adamw_8bit")).parts["activations"]
+    forward = plan.plan_training(replace(setup, optimizer="adamw_8bit")).parts["activations"]
     passes, saved = fit.accumulation, max(forward * plan.MB, 1.0)
     texts = fit.step_rows * fit.texts
     parameters = seen.linear + seen.other + seen.trained * (not setup.full)
@@ -193,7 +193,7 @@ def work_of(setup: Setup) -> Work:
     again = setup.activation_checkpointing
     inputs = again * seen.layers * seen.hidden * dtype.itemsize * positions / passes / saved
     speed = machine.flops_per_s * plan.EFFICIENCY["gpu" if machine.gpu else dtype]
-    return Work(
+    return StepWork(
         parameters=parameters,
         trained=seen.trained,
         layers=seen.layers,

@@ -143,7 +143,7 @@ class Setup:
             raise ModelError(f"{asked} is longer than the model's context of {most} tokens")
 
 
-def resolve(
+def resolve_setup(
     p: Training, fit: Fit | None = None, machine: Machine | None = None, changes: Mapping[str, Any] = {}
 ) -> Setup:
     """The training that `p` asks for: of `fit`, which is needed where a stage has two, on `machine` (None: this one).

@@ -25,14 +25,14 @@ from kit.errors import ModelError
 from kit.lake.manifest import Manifest
 from kit.lake.store import Lake, StageWriter
 from kit.params import Distill
-from kit.train.encode.batches import IGNORED, padded, predicted, summed_loss
+from kit.train.encode.batches import IGNORED, padded_batch, predicted_tokens, summed_loss
 from kit.train.encode.encode import Rows, prepare
 from kit.train.loop.meter import Metered, steps_table
-from kit.train.loop.run import quiet, run
+from kit.train.loop.run import quiet, run_training
 from kit.train.models import adapters, load
 from kit.train.models.describe import describe, with_layers
 from kit.train.models.generate import generate
-from kit.train.plan.setup import resolve, trainer_arguments
+from kit.train.plan.setup import resolve_setup, trainer_arguments
 
 with warnings.catch_warnings(action="ignore"):  # that it is experimental: a test holds its formula
     from trl.experimental.gkd import GKDTrainer
@@ -58,15 +58,15 @@ def distill(p: Distill, lake: Lake) -> Manifest:
         held = prepare(lake.table(data, "heldout").to_pylist()[: p.eval_rows], tokenizer, p.max_tokens)
         train.require("train"), held.require("heldout")
         rows, runs, steps, judge = [], {}, [], batches(teacher, tokenizer, held)
-        rows.append({"model": "teacher", **judged(teacher, teacher, judge)})
+        rows.append({"model": "teacher", **student_scores(teacher, teacher, judge)})
         for name in ("start", *WAYS):
             model = copy.deepcopy(start)
             if name in WAYS:
-                trainer = build(p, name, model, teacher, tokenizer, train, Path(temp, name))
-                runs[name] = run(trainer, f"distill {name}")
+                trainer = student_trainer(p, name, model, teacher, tokenizer, train, Path(temp, name))
+                runs[name] = run_training(trainer, f"distill {name}")
                 steps += [{"student": name, **row} for row in steps_table(trainer).to_pylist()]
             # what is judged is what is kept: weights as they lie on the disk
-            rows.append({"model": name, **judged(load.cast(model, teacher.dtype), teacher, judge)})
+            rows.append({"model": name, **student_scores(load.cast(model, teacher.dtype), teacher, judge)})
             if name in WAYS and rows[-1]["loss"] == min(r["loss"] for r in rows[2:]):
                 best = name
                 adapters.save_adapter(model, Path(temp, "model"), p.student or p.base_model)
@@ -131,10 +131,12 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
 def scored(model: PreTrainedModel, ids: Any, mask: Any, labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states [n, width] before every token that counts, and these tokens [n]; prompts do not count."""
     hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    return predicted(hidden, labels)
+    return predicted_tokens(hidden, labels)
 
 
-def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 0) -> torch.Tensor:
+def distillation_losses(
+    student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 0
+) -> torch.Tensor:
     """Cross-entropy and T² · divergence (0 without a teacher), summed over positions, in nats: a tensor of two.
 
     Logits [n, vocabulary]. `beta` 0: KL(teacher ‖ student), 1: KL(student ‖ teacher), between: generalised
@@ -147,7 +149,7 @@ def losses(student: Any, teacher: Any, labels: Any, t: float = 1, beta: float = 
 
 
 class DistillTrainer(Metered, SFTTrainer):
-    """TRL's trainer, metered; `build` gives it parameters, a teacher or None, and the first step on own texts."""
+    """TRL's trainer, metered; `student_trainer` gives it parameters, a teacher or None, and the first step on own texts."""
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """One step; from `own_from` on, the student first writes its own completions to the prompts of the rows."""
@@ -157,7 +159,9 @@ class DistillTrainer(Metered, SFTTrainer):
                 torch.manual_seed(self.p.seed * 1_000_003 + self.state.global_step)
                 how = {"do_sample": True, "top_k": 0}
                 tokens = self.p.distill_tokens
-                inputs = self.data_collator(write(self.model, self.processing_class, *rows, tokens, **how))
+                inputs = self.data_collator(
+                    written_answers(self.model, self.processing_class, *rows, tokens, **how)
+                )
         return super().training_step(model, inputs, *args)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> torch.Tensor:
@@ -176,7 +180,9 @@ class DistillTrainer(Metered, SFTTrainer):
             taught = scored(self.teacher, *batch)[0] if self.teacher else hidden
             for mine, theirs, said in zip(*(x.split(CHUNK) for x in (cut, taught, labels)), strict=True):
                 aim = self.teacher.get_output_embeddings()(theirs) if self.teacher else None
-                found = losses(model.get_output_embeddings()(mine), aim, said, *how) / len(labels)
+                found = distillation_losses(model.get_output_embeddings()(mine), aim, said, *how) / len(
+                    labels
+                )
                 ((1 - alpha) * found[0] + alpha * found[1]).backward()
                 total += found.detach()
         # a model's loss on its own text says nothing about the data
@@ -186,9 +192,11 @@ class DistillTrainer(Metered, SFTTrainer):
         return (1 - alpha) * total[0] + alpha * total[1] + back - back.detach()
 
 
-def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, train: Rows, folder: Path) -> Any:
+def student_trainer(
+    p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, train: Rows, folder: Path
+) -> Any:
     """The trainer of one student; all of `WAYS` see the same rows in the same order."""
-    setup = resolve(p)
+    setup = resolve_setup(p)
     args = SFTConfig(
         dataset_kwargs={"skip_prepare_dataset": True},
         completion_only_loss=False,  # the labels already say which tokens count
@@ -205,7 +213,7 @@ def build(p: Distill, way: str, student: Any, teacher: Any, tokenizer: Any, trai
     return trainer
 
 
-def write(
+def written_answers(
     model: Any, tokenizer: Any, ids: list, labels: list, tokens: int, **how: Any
 ) -> list[dict[str, list]]:
     """The prompts of encoded rows with what `model` writes after them, as such rows again; in one batch.
@@ -224,7 +232,7 @@ def write(
 def writing_speed(model: PreTrainedModel, tokenizer: Any, rows: list[dict], tokens: int) -> float:
     """Tokens/s of greedy generation, `tokens` after the prompt of each row, in one batch; measured."""
     ids, labels, began = [r["input_ids"] for r in rows], [r["labels"] for r in rows], time.perf_counter()
-    write(model, tokenizer, ids, labels, tokens, do_sample=False, min_new_tokens=tokens)
+    written_answers(model, tokenizer, ids, labels, tokens, do_sample=False, min_new_tokens=tokens)
     return round(len(rows) * tokens / (time.perf_counter() - began), 1)
 
 
@@ -232,12 +240,12 @@ def writing_speed(model: PreTrainedModel, tokenizer: Any, rows: list[dict], toke
 def batches(teacher: PreTrainedModel, tokenizer: Any, held: Rows) -> list[tuple[Any, torch.Tensor]]:
     """Held-out rows as tensors, each batch with the teacher's hidden states: computed once for all students."""
     rows = (held.rows[at : at + 4] for at in range(0, len(held.rows), 4))
-    tensors = [[t.to(teacher.device) for t in padded(r, tokenizer.pad_token_id)] for r in rows]
+    tensors = [[t.to(teacher.device) for t in padded_batch(r, tokenizer.pad_token_id)] for r in rows]
     return [(batch, scored(teacher.eval(), *batch)[0]) for batch in tensors]
 
 
 @torch.no_grad()
-def judged(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) -> dict[str, Any]:
+def student_scores(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) -> dict[str, Any]:
     """Size of `model`, and over all tokens of `held` (`batches`) its loss, KL and agreement with `teacher`."""
     total = torch.zeros(4).double()
     for batch, taught in held:
@@ -245,7 +253,9 @@ def judged(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) -> dict[
         for mine, theirs, said in zip(*(x.split(CHUNK) for x in (hidden, taught, labels)), strict=True):
             a, b = model.get_output_embeddings()(mine), teacher.get_output_embeddings()(theirs)
             same = (a.argmax(-1) == b.argmax(-1)).sum()
-            total += torch.stack([*losses(a, b, said), same, torch.tensor(len(said))]).double().cpu()
+            total += (
+                torch.stack([*distillation_losses(a, b, said), same, torch.tensor(len(said))]).double().cpu()
+            )
     loss, apart, same = (total[:3] / total[3]).tolist()
     size = sum(w.numel() * w.element_size() for w in model.parameters()) / 1e6
     about = {"parameters": describe(model)["parameters"], "mb": round(size, 1)}

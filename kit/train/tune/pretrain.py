@@ -29,9 +29,9 @@ from kit.params import ContinuePretraining
 from kit.train.encode.batches import IGNORED
 from kit.train.encode.encode import perplexity
 from kit.train.loop.meter import steps_table
-from kit.train.loop.run import quiet, run
+from kit.train.loop.run import quiet, run_training
 from kit.train.models import adapters, load
-from kit.train.plan.setup import Setup, resolve, trainer_arguments
+from kit.train.plan.setup import Setup, resolve_setup, trainer_arguments
 from kit.train.tune.sft import SftTrainer
 
 Texts = dict[str, str]
@@ -44,16 +44,16 @@ def pretrain(p: ContinuePretraining, lake: Lake) -> Manifest:
     """Train a tokenizer and a Llama on all curated text (`scratch/`), and `p.base_model` on the domain's (`model/`).
 
     Both folders load as models. Metrics `scratch` and `model`: losses, speed, what really ran, and `before` and
-    `after` it perplexity and bits per byte on held-out domain and general text (see `score`). The same parameters,
+    `after` it perplexity and bits per byte on held-out domain and general text (see `passage_scores`). The same parameters,
     threads and machine give the same bytes. All text is held in memory. Raises `ModelError` for too little text,
     replay without general text, a loss that is not finite, and a full disk.
     """
     threads, metrics, trained = load.set_threads(p.threads), {}, set()
     with lake.stage(p) as out, tempfile.TemporaryDirectory(prefix="kit-pretrain-") as temp:
         texts, lost, total = gather(p, lake, out)
-        for setup in (resolve(p, each) for each in p.fits()):
+        for setup in (resolve_setup(p, each) for each in p.fits()):
             name = setup.fit.name
-            trainer, metrics[name], reached = fit(p, setup, texts, Path(temp, name))
+            trainer, metrics[name], reached = fit_texts(p, setup, texts, Path(temp, name))
             folder, base = Path(temp, name, "made"), p.base_model if name == "model" else ""
             adapters.save_adapter(trainer.model, folder, base)
             trainer.processing_class.save_pretrained(folder)
@@ -171,7 +171,9 @@ def new_model(p: ContinuePretraining, texts: Iterable[str]) -> tuple[Any, Any]:
     return transformers.LlamaForCausalLM(config).to(load.device()), tokenizer
 
 
-def score(model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+def passage_scores(
+    model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]
+) -> dict[str, dict[str, float]]:
     """Perplexity and bits per byte on each set of passages.
 
     Bits per byte = Σ -log₂ p(token | the passage before it) / Σ UTF-8 bytes of these tokens, over all tokens after
@@ -193,7 +195,9 @@ def score(model: Any, tokenizer: Any, held: Mapping[str, Sequence[str]]) -> dict
     return found
 
 
-def fit(p: ContinuePretraining, setup: Setup, texts: dict[str, Texts], folder: Path) -> tuple[Any, Any, Any]:
+def fit_texts(
+    p: ContinuePretraining, setup: Setup, texts: dict[str, Texts], folder: Path
+) -> tuple[Any, Any, Any]:
     """Train `scratch` or `model` in the order of the text, from its beginning again where it ends.
 
     Returns the trainer, metrics, and the ids of texts that a step saw something of.
@@ -221,9 +225,13 @@ def fit(p: ContinuePretraining, setup: Setup, texts: dict[str, Texts], folder: P
         trainer = SftTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer)
     held = passages(p, texts)
     amp = torch.autocast(model.device.type, torch.bfloat16, enabled=arguments["bf16"])
-    before = amp(score)(model, tokenizer, held)
-    ran = run(trainer, setup.fit.name)
-    ran |= {"before": before, "after": amp(score)(model, tokenizer, held), "replayed_rows": sum(which)}
+    before = amp(passage_scores)(model, tokenizer, held)
+    ran = run_training(trainer, setup.fit.name)
+    ran |= {
+        "before": before,
+        "after": amp(passage_scores)(model, tokenizer, held),
+        "replayed_rows": sum(which),
+    }
     trained = ((begins, len(which) - sum(which)), (begins_again, sum(which)))
     reached = {key for begins, n in trained for key, row in begins.items() if row < n}
     ran |= {"documents": len(reached), "epochs": round((len(which) - sum(which)) / len(rows), 3)}

@@ -22,11 +22,11 @@ from kit.params.train import PASS_TOKENS
 from kit.train.encode.batches import collate_packed
 from kit.train.encode.encode import Rows, perplexity, prepare
 from kit.train.loop.meter import Metered, steps_table
-from kit.train.loop.run import quiet, run, work_folder
+from kit.train.loop.run import quiet, run_training, work_folder
 from kit.train.models import adapters, load
-from kit.train.models.methods import begin
-from kit.train.plan.fit import plan, require_fit
-from kit.train.plan.setup import Setup, resolve, trainer_arguments
+from kit.train.models.methods import begin_prompt
+from kit.train.plan.fit import plan_training, require_fit
+from kit.train.plan.setup import Setup, resolve_setup, trainer_arguments
 
 SHARE_OF_MEMORY = 0.8
 """Of the free memory, what a batch found by the plan may need: the plan is off by a tenth or so."""
@@ -66,7 +66,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
         held = prepare(heldout, tokenizer, p.max_tokens, p.task)
         train.require("train"), held.require("heldout")
         with work_folder(lake, out, bool(p.checkpoint_steps)) as folder:
-            fitted = fit(p, tokenizer, train, held, folder)
+            fitted = fit_rows(p, tokenizer, train, held, folder)
             trainer = fitted.metrics.pop("trainer")
             made = adapters.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
             out.folder("model", made)
@@ -75,7 +75,7 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
             return out.commit(counts, fitted.metrics)
 
 
-def fit(
+def fit_rows(
     p: FinetuneSft,
     tokenizer: PreTrainedTokenizerBase,
     train: Rows,
@@ -88,7 +88,7 @@ def fit(
     `changes` take the place of what `kit.train.plan.settings` would set, by its names.
     """
     threads = load.set_threads(p.threads)
-    setup = resolve(p, changes=changes)
+    setup = resolve_setup(p, changes=changes)
     if setup.unpacked:
         print(f"packing: none, {setup.unpacked}")
     setup.require_context()
@@ -98,8 +98,8 @@ def fit(
     print(needed.line())
     model = setup.model()
     before, _ = perplexity(model, tokenizer, heldout.rows)
-    trainer = build(setup, model, tokenizer, rows, folder)
-    ran = run(trainer, f"sft {setup.method}")
+    trainer = sft_trainer(setup, model, tokenizer, rows, folder)
+    ran = run_training(trainer, f"sft {setup.method}")
     after, scored = perplexity(trainer.model, tokenizer, heldout.rows)
     rows_a_step = setup.fit.step_rows * len(train.rows) / len(rows)
     metrics = {
@@ -157,7 +157,7 @@ def largest_batch(setup: Setup, lengths: Sequence[int]) -> int:
     """The largest power of two of rows that needs `SHARE_OF_MEMORY` of the free memory and `PASS_TOKENS` at most."""
     rows = 1
     while 2 * rows * max(lengths) <= PASS_TOKENS:
-        larger = plan(setup.with_rows(2 * rows), lengths)
+        larger = plan_training(setup.with_rows(2 * rows), lengths)
         if larger.memory_mb > SHARE_OF_MEMORY * setup.machine.memory_mb:
             break
         rows *= 2
@@ -173,7 +173,7 @@ def pack(setup: Setup, train: Rows) -> tuple[datasets.Dataset, list[int]]:
     return rows, [len(ids) for ids in rows["input_ids"]]
 
 
-def build(
+def sft_trainer(
     setup: Setup,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -196,7 +196,7 @@ def build(
         )
     if not setup.full:
         adapters.widen_trained(trainer.model)
-        begin(trainer.model, rows[0]["input_ids"])
+        begin_prompt(trainer.model, rows[0]["input_ids"])
     return trainer
 
 

@@ -12,8 +12,8 @@ from kit.data.datasets.formats import (
     instruction_row,
     json_lines,
     jsonl,
-    label,
     question_group,
+    sentiment_label,
 )
 from kit.params import BuildDatasets
 
@@ -122,7 +122,7 @@ def test_a_review_of_nothing_named_has_no_prompt_and_is_taken_only_when_all_type
     ],
 )
 def test_three_stars_of_five_and_more_are_positive(rating, scale, wanted) -> None:
-    assert label(rating, scale) == wanted
+    assert sentiment_label(rating, scale) == wanted
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from kit.data.datasets.formats import question_group
-from kit.data.datasets.preferences import build_pairs, file_pair, length_bias, validate, vote_pairs
+from kit.data.datasets.preferences import build_pairs, file_pair, length_bias, validate_pairs, vote_pairs
 from kit.params import BuildDatasets
 
 P = BuildDatasets(train_languages=[])
@@ -38,13 +38,13 @@ def swapped(one: dict) -> dict:
 
 
 def found(pairs: list[dict]) -> tuple[list[str], dict[str, int]]:
-    kept, report = validate(pairs)
+    kept, report = validate_pairs(pairs)
     return [x["pair_id"] for x in kept], {r["check"]: r["dropped"] for r in report if r["dropped"]}
 
 
 def test_sound_pairs_stay_as_they_are_and_in_order() -> None:
     pairs = [pair(n, "heldout" if n % 3 == 0 else "train") for n in range(30)]
-    assert validate(pairs)[0] == pairs
+    assert validate_pairs(pairs)[0] == pairs
     assert found(pairs)[1] == {}
 
 
@@ -85,7 +85,7 @@ def test_what_was_dropped_leaks_nothing_and_train_loses_nothing_to_leaks() -> No
 def test_the_verdicts_do_not_depend_on_the_order() -> None:
     pairs = [pair(n % 25, "heldout" if n % 4 == 0 else "train", pair_id=f"p{n}") for n in range(40)]
     pairs += [swapped(pair(n, "heldout")) for n in (1, 2)] + [pair(90, "heldout", prompt="Question 3?")]
-    first, again = (validate(x) for x in (pairs, pairs[::-1]))
+    first, again = (validate_pairs(x) for x in (pairs, pairs[::-1]))
     assert first[1] == again[1]
     texts = [{(x["prompt"], x["chosen"]) for x in kept} for kept, _ in (first, again)]
     assert texts[0] == texts[1]
@@ -110,7 +110,7 @@ def test_length_bias_is_told_and_drops_nothing(longer: int, factor: int, warned:
 
 def test_few_pairs_are_no_evidence_and_none_is_no_error() -> None:
     assert "length alone" not in length_bias([pair(n, chosen="good one 12345.") for n in range(3)])["note"]
-    assert validate([]) == ([], validate([])[1])
+    assert validate_pairs([]) == ([], validate_pairs([])[1])
 
 
 def rows(*votes: tuple[str, int, int], group: str = "fog") -> list[dict]:

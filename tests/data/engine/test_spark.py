@@ -2,7 +2,7 @@
 
 import pytest
 
-from kit.data.engine.spark import java_home, java_version, plan, run_tasks, session
+from kit.data.engine.spark import java_home, java_version, plan_parts, run_tasks, session
 from kit.errors import KitError, SparkError
 from kit.params import Cores
 
@@ -21,7 +21,7 @@ P = Cores(cores=2)
     ],
 )
 def test_plan(sizes: list[int], part: float, ranges: list[tuple[int, int]]) -> None:
-    assert [(r.start, r.stop) for r in plan(sizes, part)] == ranges
+    assert [(r.start, r.stop) for r in plan_parts(sizes, part)] == ranges
 
 
 def test_java_is_found_and_new_enough(monkeypatch: pytest.MonkeyPatch) -> None:

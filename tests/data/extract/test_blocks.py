@@ -10,7 +10,7 @@ import pytest
 from kit import ROOT
 from kit.data.extract import blocks
 from kit.data.extract import walk as walk_module
-from kit.data.extract.blocks import all_text, choose, extract, features, main_text
+from kit.data.extract.blocks import all_text, choose, extract_main_text, features, main_text
 from kit.data.extract.walk import parse, walk
 from kit.data.read import archive
 from kit.errors import KitError
@@ -44,7 +44,7 @@ def everything(html: str) -> str:
 
 
 def test_an_article_without_its_menu_and_footer() -> None:
-    lines = extract(ARTICLE).split("\n")
+    lines = extract_main_text(ARTICLE).split("\n")
     assert f"{SENTENCES[0]} {SENTENCES[1]}" in lines
     assert f"{SENTENCES[2]} {SENTENCES[3]}" in lines
     assert "What they saved" in lines
@@ -83,14 +83,16 @@ def test_how_text_is_written(html: str, text: str) -> None:
 
 def test_text_that_is_only_in_noscript_is_found() -> None:
     paragraphs = "".join(f"<p>{s}</p>" for s in SENTENCES)
-    assert SENTENCES[0] in extract(f"<body><div id=app></div><noscript>{paragraphs}</noscript></body>")
+    assert SENTENCES[0] in extract_main_text(
+        f"<body><div id=app></div><noscript>{paragraphs}</noscript></body>"
+    )
 
 
 def test_a_page_in_chinese() -> None:
     sentence = "昨天晚上河水上涨,村子里的老人说,他们从来没有见过这样大的洪水。"
     menu = "".join(f'<li><a href="/{i}">栏目</a></li>' for i in range(9))
     html = f"<body><nav><ul>{menu}</ul></nav><article>{f'<p>{sentence * 3}</p>' * 5}</article></body>"
-    text = extract(html)
+    text = extract_main_text(html)
     assert sentence in text
     assert "栏目" not in text
 
@@ -144,17 +146,17 @@ def test_hostile_pages(kind: str) -> None:
 
 
 def test_a_page_of_links_only_still_has_a_text() -> None:
-    assert extract("<body><ul><li><a href=a>one</a><li><a href=b>two</a></ul></body>")
+    assert extract_main_text("<body><ul><li><a href=a>one</a><li><a href=b>two</a></ul></body>")
 
 
 def test_a_text_does_not_depend_on_pages_before(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = [
         ARTICLE.replace("post-content", f"x{i} content").replace("h2", f"h{1 + i % 5}") for i in range(6)
     ]
-    alone = [extract(p) for p in pages]
+    alone = [extract_main_text(p) for p in pages]
     monkeypatch.setattr(walk_module, "MAX_STEPS", 1)
     monkeypatch.setattr(walk_module, "MAX_WORDS", 1)
-    assert [extract(p) for p in reversed(pages)] == alone[::-1]
+    assert [extract_main_text(p) for p in reversed(pages)] == alone[::-1]
 
 
 def test_choose_has_the_highest_expected_f1() -> None:
@@ -200,7 +202,7 @@ def test_a_model_that_is_missing_or_damaged_is_told(
     blocks._model.cache_clear()
     try:
         with pytest.raises(KitError, match="model"):
-            extract(ARTICLE)
+            extract_main_text(ARTICLE)
     finally:
         blocks._model.cache_clear()
 
@@ -236,10 +238,10 @@ def test_labels_of_blocks() -> None:
 
 
 def test_scores() -> None:
-    from kit.measure.data.scores import score
+    from kit.measure.data.scores import score_texts
 
     golds = [{"text": "a b c d"}, {"with": ["x  y", "z"], "without": ["w"]}]
-    scores = score(["a b e e", "x y w"], golds)
+    scores = score_texts(["a b e e", "x y w"], golds)
     assert (scores["pages"], scores["word P"], scores["word R"], scores["word F1"]) == (1, 0.5, 0.5, 0.5)
     assert (scores["snippet P"], scores["snippet R"], scores["snippet F"]) == (0.5, 0.5, 0.5)
 
@@ -265,7 +267,7 @@ def test_training_writes_the_same_model_twice_and_the_scores(
     assert len(pages) == 60
     assert {p.fold for p in pages} == set(range(train_blocks.FOLDS))
     assert train_blocks.save(pages, tmp_path, 3) == train_blocks.save(pages, tmp_path, 3)
-    table = train_blocks.report(pages, 3)
+    table = train_blocks.scores_table(pages, 3)
     train_blocks.write_scores(tmp_path / "card.md", table)
     train_blocks.write_scores(tmp_path / "card.md", table)
     assert (tmp_path / "card.md").read_text(encoding="utf-8").count("| x.warc | auto | 60 |") == 1
@@ -295,8 +297,8 @@ def test_real_pages_by_a_model_that_has_not_seen_their_sites(real_data: Path) ->
     pages = train_blocks.load(str(real_data / "pages.warc.gz"), str(real_data / "pages_gold.jsonl"))
     pages = [p for p in pages if p.gold.get("text") and len(p.label) < 400][:120]
     golds = [p.gold for p in pages]
-    ours = scores_module.score(train_blocks.cross_validate(pages, 25), golds)["word F1"]
-    whole = scores_module.score([all_text(p.blocks) for p in pages], golds)["word F1"]
+    ours = scores_module.score_texts(train_blocks.cross_validate(pages, 25), golds)["word F1"]
+    whole = scores_module.score_texts([all_text(p.blocks) for p in pages], golds)["word F1"]
     print(f"word F1 {ours:.3f}, all text {whole:.3f}")
     assert ours > whole + 0.1
 
@@ -310,8 +312,8 @@ def test_real_pages_with_the_shipped_model(real_data: Path) -> None:
     pages = train_blocks.load(str(real_data / "pages.warc.gz"), str(real_data / "pages_gold.jsonl"))
     pages = [p for p in pages if p.gold.get("text")][::8]
     golds = [p.gold for p in pages]
-    ours = scores_module.score([main_text(p.blocks) for p in pages], golds)["word F1"]
+    ours = scores_module.score_texts([main_text(p.blocks) for p in pages], golds)["word F1"]
     html = [train_blocks.decode(p.payload, None)[0] for p in pages]
-    theirs = scores_module.score([trafilatura.extract(h) or "" for h in html], golds)["word F1"]
+    theirs = scores_module.score_texts([trafilatura.extract(h) or "" for h in html], golds)["word F1"]
     print(f"word F1 {ours:.3f}, trafilatura {theirs:.3f}")
     assert ours > theirs + 0.02

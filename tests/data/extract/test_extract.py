@@ -244,7 +244,7 @@ def test_files_of_two_wrappings_are_each_read_as_they_are(tmp_path: Path) -> Non
     records = [record(i, b"<p>Page number %d has a text.</p>" % i) for i in range(4)]
     parts = [gzip.compress(records[0]), gzip.compress(records[1] + records[2]), gzip.compress(records[3])]
     (tmp_path / "x.warc.gz").write_bytes(b"".join(parts))
-    rows = [row(**vars(entry)) for entry in archive.scan(str(tmp_path / "x.warc.gz"), "x.warc.gz")]
+    rows = [row(**vars(entry)) for entry in archive.scan_archive(str(tmp_path / "x.warc.gz"), "x.warc.gz")]
     assert [r["wrapping"] for r in rows] == ["member", "stream", "stream", "member"]
     assert lost(tmp_path, rows) == []
 

@@ -27,7 +27,7 @@ def scanned(path: Path, data: bytes | None = None) -> tuple[list[Entry], list[Da
     """Entries and damage of an archive; `data` is written to `path` first."""
     if data is not None:
         path.write_bytes(data)
-    found = list(archive.scan(str(path), path.name))
+    found = list(archive.scan_archive(str(path), path.name))
     return [x for x in found if isinstance(x, Entry)], [x for x in found if isinstance(x, Damage)]
 
 

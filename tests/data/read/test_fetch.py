@@ -356,7 +356,7 @@ def test_a_file_over_http_is_a_file(web, few):
         assert f.read(100) == again.read(100) == data[1000:1100]
     with fsspec.open(f"{web.uri}/crawl-data/CC-SAMPLE-2026-05/warc.paths.gz", "rt", compression="infer") as f:
         assert len(f.read().splitlines()) == 3
-    assert list(archive.scan(uri, "x")) == list(archive.scan(str(SAMPLE / name), "x"))
+    assert list(archive.scan_archive(uri, "x")) == list(archive.scan_archive(str(SAMPLE / name), "x"))
     with pytest.raises(FetchError, match="read-only"):
         fs.open(uri, "wb")
 

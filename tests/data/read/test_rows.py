@@ -43,7 +43,7 @@ NASTY = (
 
 
 def spans(data: bytes, told: rows.Layout, size: int) -> list[tuple[int, bytes, str | None]]:
-    return list(rows.split((data[i : i + size] for i in range(0, len(data), size)), told))
+    return list(rows.cut_rows((data[i : i + size] for i in range(0, len(data), size)), told))
 
 
 def documents(folder: Path, name: str, **values) -> tuple[list[dict], dict[str, str]]:
@@ -255,11 +255,11 @@ def test_a_packed_file_gives_the_same_documents_and_a_broken_one_what_it_can(tmp
 
 def test_a_file_without_rows_or_of_another_kind_is_told(tmp_path: Path) -> None:
     for name, text in (("a.csv", ""), ("b.csv", "text,rating\n"), ("c.txt", "\n\n")):
-        (damage,) = rows.scan(str(reviews_csv(tmp_path, text, name)), name)
+        (damage,) = rows.scan_rows(str(reviews_csv(tmp_path, text, name)), name)
         assert isinstance(damage, Damage) and damage.reason == "no row in file"
     (tmp_path / "d.tsv").write_text("text\tstars\nx\t1\n", encoding="utf-16")
     with pytest.raises(ArchiveError, match="UTF-16"):
-        list(rows.scan(str(tmp_path / "d.tsv"), "d.tsv"))
+        list(rows.scan_rows(str(tmp_path / "d.tsv"), "d.tsv"))
 
 
 def test_a_row_that_changed_since_is_a_named_loss(tmp_path: Path) -> None:

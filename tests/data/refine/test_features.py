@@ -209,7 +209,7 @@ def test_names_are_found_as_well_as_the_docstring_says(
 
 def test_each_name_comes_once_and_is_in_the_text() -> None:
     text = "We met Anna Berg in Paris. <PERSON> and Anna Berg left Paris for the Bank of Norway."
-    found = features.measure(text, "en", ["entities"])["entities"]
+    found = features.text_features(text, "en", ["entities"])["entities"]
     assert found == [
         {"text": "Anna Berg", "type": "PERSON"},
         {"text": "Paris", "type": "PLACE"},
@@ -219,7 +219,7 @@ def test_each_name_comes_once_and_is_in_the_text() -> None:
 
 def test_a_pipeline_by_name(tmp_path) -> None:
     with pytest.raises(ParamError, match="no_such_model"):
-        features.measure("Anna", "en", ["entities"], ["no_such_model"])
+        features.text_features("Anna", "en", ["entities"], ["no_such_model"])
     spacy = pytest.importorskip("spacy")
     nlp = spacy.blank("en")
     nlp.add_pipe("entity_ruler").add_patterns(
@@ -290,9 +290,11 @@ def test_english_syllables(word: str, syllables: int) -> None:
 def test_what_is_not_wanted_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in features.FEATURES:
         monkeypatch.setattr(features, name, None)
-    assert features.measure("x" * 10, "en", []) == dict.fromkeys(features.FEATURES)
+    assert features.text_features("x" * 10, "en", []) == dict.fromkeys(features.FEATURES)
     monkeypatch.setattr(features, "summary", lambda text, lang: text)
-    assert features.measure("abc", "en", ["summary"]) == dict.fromkeys(features.FEATURES) | {"summary": "abc"}
+    assert features.text_features("abc", "en", ["summary"]) == dict.fromkeys(features.FEATURES) | {
+        "summary": "abc"
+    }
 
 
 @pytest.mark.parametrize("lang", ["en", "de", "zh", "ja", "ar", "th", "ru", "und"])
@@ -305,7 +307,7 @@ def test_any_language_fits_the_schema(lang: str) -> None:
         "Это очень простой текст. " * 20,
         "",
     ]
-    rows = [features.measure(text, lang, features.FEATURES) for text in texts]
+    rows = [features.text_features(text, lang, features.FEATURES) for text in texts]
     assert pa.array(rows, features.SCHEMA).to_pylist() == rows
 
 
@@ -324,5 +326,5 @@ def test_time_is_bounded_on_hostile_text(name: str) -> None:
 
     names.entities("Paris", "en")
     assert any(seconds(40_000) < 3 * seconds(20_000) + 0.1 for _ in range(3))
-    found = features.measure(text, "en", features.FEATURES)
+    found = features.text_features(text, "en", features.FEATURES)
     pa.array([found], features.SCHEMA)

@@ -18,8 +18,8 @@ from kit.data.refine.quality import (
     blocklist,
     c4,
     failing,
-    measure,
     measure_url,
+    rule_values,
 )
 from kit.data.text import words
 from kit.data.text.language import detect_language
@@ -85,7 +85,7 @@ REASONS = {
     ],
 )
 def test_golden_vectors(text: str, values: dict[str, float]) -> None:
-    found = measure(text)[1]
+    found = rule_values(text)[1]
     assert {k: found[k] for k in values} == pytest.approx(values)
     assert set(found) == TEXT_COLUMNS == set(COLUMNS) - set(measure_url(""))
 
@@ -103,17 +103,17 @@ def test_golden_vectors(text: str, values: dict[str, float]) -> None:
     ],
 )
 def test_words_are_those_of_spacy_but_in_scripts_without_spaces(text: str, tokens: str) -> None:
-    found = [t for piece in text.split() for t in words.split(piece)]
+    found = [t for piece in text.split() for t in words.split_piece(piece)]
     assert "|".join(found) == tokens
     assert len(words.tokens(text).ids) == len(found)
-    assert word_count(text) == measure(text, ["gopher_quality"])[1]["words"]
+    assert word_count(text) == rule_values(text, ["gopher_quality"])[1]["words"]
 
 
 def test_forgetting_words_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [" ".join(f"w{i * j % 97}." for i in range(50)) for j in range(40)]
-    found = [measure(t) for t in texts]
+    found = [rule_values(t) for t in texts]
     monkeypatch.setattr(words, "MOST_PIECES", 60)
-    assert [measure(t) for t in texts] == found
+    assert [rule_values(t) for t in texts] == found
     assert len(words._memory) < 200
 
 
@@ -128,7 +128,7 @@ def test_every_rule_holds_at_its_bounds_and_breaks_beyond(rule) -> None:
 
 
 def test_any_threshold_can_be_moved_by_name() -> None:
-    values = measure("word " * 60)[1] | {"mean_word_length": 12}
+    values = rule_values("word " * 60)[1] | {"mean_word_length": 12}
     assert "gopher_quality: mean_word_length" in failing(values, "en", SETS, DEFAULTS)
     moved = DEFAULTS | {"thresholds": ["gopher_quality: mean_word_length <= 12", "c4: sentences>=0"]}
     assert not {"gopher_quality: mean_word_length", "c4: sentences"} & set(failing(values, "en", SETS, moved))
@@ -139,7 +139,7 @@ def test_any_threshold_can_be_moved_by_name() -> None:
 
 
 def test_rules_judge_only_languages_they_make_sense_for() -> None:
-    values = measure("一 " * 60)[1] | {"mean_word_length": 1.0, "stop_words": 0}
+    values = rule_values("一 " * 60)[1] | {"mean_word_length": 1.0, "stop_words": 0}
     named = {lang: set(failing(values, lang, ["gopher_quality"], DEFAULTS)) for lang in ("en", "de", "zh")}
     assert named["zh"] == set()
     assert named["de"] == {"gopher_quality: mean_word_length"}
@@ -149,20 +149,20 @@ def test_rules_judge_only_languages_they_make_sense_for() -> None:
 
 def test_a_rule_set_that_is_not_asked_for_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SETS:
-        _, found = measure("Some text here.", [name])
+        _, found = rule_values("Some text here.", [name])
         assert set(found) == {r.column for r in RULES if r.rule_set == name}
     monkeypatch.setattr(words, "tokens", None)
-    assert measure("Some text here.", ["url"]) == ("Some text here.", {})
+    assert rule_values("Some text here.", ["url"]) == ("Some text here.", {})
 
 
 def test_only_the_lines_that_c4_keeps_move_on_if_asked_for() -> None:
     text = "Menu\nThis line has enough words.[1][citation needed]\nPlease enable JavaScript to go on\nAnd so has this one"
     kept = "This line has enough words.\nAnd so has this one"
-    assert measure(text, SETS)[0] == text
-    moved, values = measure(text, SETS, c4_lines=True)
+    assert rule_values(text, SETS)[0] == text
+    moved, values = rule_values(text, SETS, c4_lines=True)
     assert moved == kept
     assert (values["line_punct"], values["sentences"]) == (1 / 2, 2)
-    assert measure("Menu\nHome", SETS, c4_lines=True)[0] == "Menu\nHome", "a text is never emptied"
+    assert rule_values("Menu\nHome", SETS, c4_lines=True)[0] == "Menu\nHome", "a text is never emptied"
 
 
 def test_a_blocked_url_is_told_by_page_host_or_domain(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_blocked_url_is_told_by_page_host_or_domain(tmp_path: Path) -> None:
 
 def plain_measure(text: str) -> dict[str, float]:
     """What `measure` promises, written as it is defined and not to be fast."""
-    tokens = [t for piece in text.split() for t in words.split(piece)]
+    tokens = [t for piece in text.split() for t in words.split_piece(piece)]
     named = [t for t in tokens if any(c not in words.SYMBOLS for c in t)]
     lines, all_lines = re.split(r"\n+", text), text.splitlines()
     full = [x for x in text.split("\n") if x.strip()]
@@ -259,7 +259,7 @@ def plain_c4(text: str) -> tuple[str, dict[str, float]]:
         kept.append(line)
         values["sentences"] += 1
         ended = False
-        for token in (t for piece in line.split() for t in words.split(piece)):
+        for token in (t for piece in line.split() for t in words.split_piece(piece)):
             if token in words.ENDS:
                 ended = True
             elif ended and not all(unicodedata.category(c)[0] == "P" for c in token):
@@ -270,7 +270,7 @@ def plain_c4(text: str) -> tuple[str, dict[str, float]]:
 
 def check_exact(text: str) -> None:
     """Exactly the plain values, in the order of the columns and as plain floats."""
-    moved, found = measure(text)
+    moved, found = rule_values(text)
     assert moved == text
     assert found == plain_measure(text)
     assert {type(x) for x in found.values()} == {float}
@@ -338,12 +338,12 @@ def test_verdicts_on_real_pages_are_those_of_datatrove(real_data: Path) -> None:
     }
     same = Counter()
     for row in rows:
-        theirs, values = row["each"], measure(row["text"])[1]
+        theirs, values = row["each"], rule_values(row["text"])[1]
         verdicts = [(theirs[name], values, ours) for name, ours in filters.items()]
         if "text_c4_alone" in theirs:
             assert c4(row["text"])[0] == theirs["text_c4_alone"]
             verdicts.append(
-                (theirs["fineweb_after_c4"], measure(theirs["text_c4_alone"], ["fineweb"])[1], "fineweb")
+                (theirs["fineweb_after_c4"], rule_values(theirs["text_c4_alone"], ["fineweb"])[1], "fineweb")
             )
         for wanted, found, rule_set in verdicts:
             # as if all were English, which is how these rules were run there

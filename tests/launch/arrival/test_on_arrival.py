@@ -24,7 +24,7 @@ from kit.errors import EventError, LakeError
 from kit.lake.store import Lake
 from kit.launch.arrival import event as event_module
 from kit.launch.arrival import landed, on_arrival
-from kit.launch.arrival.on_arrival import commits, handle, handler, put, read_manifest, zone
+from kit.launch.arrival.on_arrival import commits, handle, handler, put_file, read_manifest, zone
 from kit.launch.arrival.watch import event_of, linked_images, outcomes, refine_on_arrival, watch
 from kit.params import RefineOnArrival
 
@@ -189,7 +189,7 @@ def test_the_longer_sequencer_is_not_always_the_later() -> None:
 def test_of_a_queue_only_the_failed_message_comes_back(lake: Lake, pages: list[bytes]) -> None:
     p = params(lake)
     for i in (1, 2):
-        put(lake, f"raw/r/{i}.html", pages[i])
+        put_file(lake, f"raw/r/{i}.html", pages[i])
     bodies = [
         event(lake, "raw/r/1.html"),
         {"what": "is this"},
@@ -206,7 +206,7 @@ def test_a_store_that_fails_is_no_poison(
 ) -> None:
     p = params(lake)
     for name in ("a", "b"):
-        put(lake, f"raw/r/{name}.html", pages[0])
+        put_file(lake, f"raw/r/{name}.html", pages[0])
     info = lake.fs.info
 
     def broken(path: str, **more):
@@ -224,7 +224,7 @@ def test_a_store_that_fails_is_no_poison(
 
 def test_the_lambda_entry_point_has_its_parameters_from_the_environment(lake, pages, monkeypatch) -> None:
     monkeypatch.setenv("KIT_PARAMS", json.dumps({"run": "r", "lake": lake.uri, "min_words": 20}))
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     (result,) = handler(event(lake, "raw/r/a.html"), None)["results"]
     assert result["status"] == "extracted" and read_manifest(lake, result["commit"]).params["min_words"] == 20
 
@@ -234,7 +234,7 @@ def test_the_lambda_entry_point_has_its_parameters_from_the_environment(lake, pa
 
 def test_duplicates_change_nothing(lake: Lake, pages: list[bytes]) -> None:
     p = params(lake)
-    put(lake, "raw/r/a b+c.html", pages[0])
+    put_file(lake, "raw/r/a b+c.html", pages[0])
     first = chain(lake, p, "raw/r/a b+c.html")
     before = files(lake)
     assert chain(lake, p, "raw/r/a b+c.html")["status"] == "duplicate"
@@ -246,7 +246,7 @@ def test_duplicates_change_nothing(lake: Lake, pages: list[bytes]) -> None:
 
 def test_a_retry_after_a_lost_manifest_makes_the_same(lake: Lake, pages: list[bytes]) -> None:
     p = params(lake)
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     done = chain(lake, p, "raw/r/a.html")
     parts = {k: v for k, v in files(lake).items() if k.endswith(".parquet")}
     lake.fs.rm_file(f"{lake.root}/{done['commit']}")  # as if it had been killed before the commit
@@ -258,9 +258,11 @@ def test_a_retry_after_a_lost_manifest_makes_the_same(lake: Lake, pages: list[by
 @pytest.mark.parametrize("raced", [False, True])
 def test_an_older_version_that_comes_late_does_not_win(lake, pages, monkeypatch, raced: bool) -> None:
     p = params(lake)
-    put(lake, "raw/r/a.html", pages[1])
+    put_file(lake, "raw/r/a.html", pages[1])
     new = chain(lake, p, "raw/r/a.html", "0B")
-    put(lake, "raw/r/a.html", pages[0])  # what a store with versions would still give for the older event
+    put_file(
+        lake, "raw/r/a.html", pages[0]
+    )  # what a store with versions would still give for the older event
     if raced:  # neither of two saw the other
         monkeypatch.setattr(on_arrival, "_settled", lambda *_: "")
     late = chain(lake, p, "raw/r/a.html", "0A")
@@ -272,7 +274,7 @@ def test_an_older_version_that_comes_late_does_not_win(lake, pages, monkeypatch,
 def test_a_newer_version_takes_the_place_of_the_older(lake: Lake, pages: list[bytes]) -> None:
     p = params(lake)
     for content, order in ((pages[0], "0A"), (pages[1], "0A01"), (pages[0], "0B")):
-        put(lake, "raw/r/a.html", content)
+        put_file(lake, "raw/r/a.html", content)
         last = chain(lake, p, "raw/r/a.html", order)
         (row,) = outcomes(p, lake)
         assert row["refined"] == last["commit"] and row["documents"] == 1
@@ -294,7 +296,7 @@ def test_names_that_are_nobodys_business(lake: Lake, pages: list[bytes]) -> None
 
 def test_another_threshold_starts_from_the_intermediate(lake, pages, monkeypatch) -> None:
     p = params(lake)
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     kept = chain(lake, p, "raw/r/a.html")
     monkeypatch.setattr(on_arrival, "documents_of", lambda *_: pytest.fail("extracted again"))
     strict = params(lake, min_words=5000)
@@ -306,7 +308,7 @@ def test_another_threshold_starts_from_the_intermediate(lake, pages, monkeypatch
 
 
 def test_a_prefilter_asks_for_no_more_words_than_the_rule_does(lake: Lake) -> None:
-    put(
+    put_file(
         lake,
         "raw/r/a.html",
         b"<p>These few words are enough for whoever moved the bound of the rule to five.</p>",
@@ -322,14 +324,14 @@ def test_a_prefilter_asks_for_no_more_words_than_the_rule_does(lake: Lake) -> No
 
 
 def test_another_extractor_starts_from_the_file(lake: Lake, pages: list[bytes]) -> None:
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     results = [chain(lake, params(lake, extractor=name), "raw/r/a.html") for name in ("auto", "resiliparse")]
     assert [refined(lake, r)[0]["extractor"] for r in results] == ["auto", "resiliparse"]
 
 
 def test_a_failed_step_is_done_again_alone(lake, pages, monkeypatch) -> None:
     p = params(lake)
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     (first,) = handle(event(lake, "raw/r/a.html"), p, lake)["results"]
     before = files(lake)
     monkeypatch.setattr(on_arrival, "refine_batch", lambda *_: 1 / 0)
@@ -342,7 +344,7 @@ def test_a_failed_step_is_done_again_alone(lake, pages, monkeypatch) -> None:
 
 def test_a_damaged_intermediate_is_refused(lake: Lake, pages: list[bytes]) -> None:
     p = params(lake)
-    put(lake, "raw/r/a.html", pages[0])
+    put_file(lake, "raw/r/a.html", pages[0])
     (first,) = handle(event(lake, "raw/r/a.html"), p, lake)["results"]
     (output,) = read_manifest(lake, first["commit"]).outputs
     lake.fs.pipe_file(f"{lake.root}/{output.name}", b"PAR1 something else")
@@ -363,7 +365,7 @@ def test_an_archive_gives_the_documents_the_batch_chain_gives(
     (tmp_path / "a.warc.gz").write_bytes(warc)
     index = Index(ExploreIndex(archive_paths=[str(tmp_path / "a.warc.gz")]))
     batch, _ = extract_rows(str(tmp_path), index.select().to_pylist(), params(lake))
-    put(lake, "raw/r/a.warc.gz", warc)
+    put_file(lake, "raw/r/a.warc.gz", warc)
     (result,) = handle(event(lake, "raw/r/a.warc.gz"), params(lake), lake)["results"]
     mine = refined(lake, result)
     same = ("url", "text", "warc_record_offset", "warc_record_length", "payload_digest")
@@ -383,7 +385,7 @@ def test_json_in_every_form_leads_back_to_its_bytes(lake: Lake) -> None:
         "wrong.txt": "\n".join(map(json.dumps, rows)),
     }
     for name, content in forms.items():
-        put(lake, f"raw/r/{name}", content.encode())
+        put_file(lake, f"raw/r/{name}", content.encode())
         documents = refined(lake, handle(event(lake, f"raw/r/{name}"), params(lake), lake)["results"][0])
         assert [d["text"] for d in documents] == texts[: len(documents)] and len(documents) == (
             1 if "one" in name else 3
@@ -399,7 +401,7 @@ def test_json_in_every_form_leads_back_to_its_bytes(lake: Lake) -> None:
 
 def test_half_a_file_is_better_than_none(lake: Lake) -> None:
     content = b'{"text": "good \\ud800 half"}\n{"text": bro\x00ken}\n{"other": 1}\n\xff\xfe{"text": "again"}'
-    put(lake, "raw/r/a.jsonl", content)
+    put_file(lake, "raw/r/a.jsonl", content)
     (result,) = handle(event(lake, "raw/r/a.jsonl"), params(lake), lake)["results"]
     counts = read_manifest(lake, result["commit"]).counts
     assert result["status"] == "extracted" and counts.records_out == 1
@@ -408,10 +410,10 @@ def test_half_a_file_is_better_than_none(lake: Lake) -> None:
 
 def test_a_page_is_known_by_its_canonical_url_and_a_file_by_its_place(lake: Lake) -> None:
     body = "<p>Something to read for everybody who comes along here.</p>"
-    put(lake, "raw/r/a.html", f"<link href='https://x.example/ü?a=1' rel=canonical>{body}".encode())
-    put(lake, "raw/r/b.html", f"<meta content='http://y.example/' property='og:url'>{body}".encode())
-    put(lake, "raw/r/ü c.html", f"<link rel=canonical href='javascript:alert(1)'>{body}".encode())
-    put(lake, "raw/r/d.bin", ("\ufeff" + "Nur Text, sonst nichts. " * 9).encode("utf-16"))
+    put_file(lake, "raw/r/a.html", f"<link href='https://x.example/ü?a=1' rel=canonical>{body}".encode())
+    put_file(lake, "raw/r/b.html", f"<meta content='http://y.example/' property='og:url'>{body}".encode())
+    put_file(lake, "raw/r/ü c.html", f"<link rel=canonical href='javascript:alert(1)'>{body}".encode())
+    put_file(lake, "raw/r/d.bin", ("\ufeff" + "Nur Text, sonst nichts. " * 9).encode("utf-16"))
     urls = [
         "https://x.example/%C3%BC?a=1",
         "http://y.example/",
@@ -427,7 +429,7 @@ def test_the_place_of_the_lake_decides_nothing(tmp_path: Path, pages: list[bytes
     made = []
     for where in ("one", "two"):
         there = Lake(str(tmp_path / where))
-        put(there, "raw/r/a.html", pages[0])
+        put_file(there, "raw/r/a.html", pages[0])
         made.append(refined(there, chain(there, params(there), "raw/r/a.html")))
     assert made[0] == made[1]
 
@@ -439,7 +441,7 @@ def test_an_image_meets_its_page_whichever_comes_first(lake: Lake, order: list[s
     page = f"<title>T</title>{text}<figure><img src='img/a%20b.png' alt='A bridge'><figcaption>Call 555-0100, mail me@x.example</figcaption></figure>{text}"
     content = {"p/page.html": page.encode(), "p/img/a b.png": PNG}
     for name in order:
-        put(lake, f"raw/r/{name}", content[name])
+        put_file(lake, f"raw/r/{name}", content[name])
         chain(lake, p, f"raw/r/{name}")
     rows = outcomes(p, lake)
     assert [(r["kind"], r["status"]) for r in rows] == [("image", "image"), ("html", "refined")]
@@ -482,8 +484,8 @@ def test_poison_has_a_reason_and_stops_nobody(lake: Lake, name: str, pages: list
         params(lake, page_timeout_s=10, file_timeout_s=20, page_memory_mb=500),
         POISON[name],
     )
-    put(lake, f"raw/r/bad/{name}", content)
-    put(lake, "raw/r/good.html", pages[0])
+    put_file(lake, f"raw/r/bad/{name}", content)
+    put_file(lake, "raw/r/good.html", pages[0])
     both = {"Records": [record(lake.root, f"raw/r/{x}") for x in (f"bad/{name}", "good.html")]}
     bad, good = handle(both, p, lake)["results"]
     manifest = read_manifest(lake, bad["commit"])
@@ -506,7 +508,7 @@ def test_poison_has_a_reason_and_stops_nobody(lake: Lake, name: str, pages: list
 def test_a_file_that_takes_too_long_or_too_much_is_given_up(
     lake: Lake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(lake, "raw/r/a.txt", b"some text" * 99)
+    put_file(lake, "raw/r/a.txt", b"some text" * 99)
     ways = {"timeout": lambda *_: time.sleep(60), "out of memory": lambda *_: bytearray(900 << 20),
             "crash (signal 10)": lambda *_: os.kill(os.getpid(), 10), "cannot be opened: KeyError": {}.__getitem__}  # fmt: skip
     for i, (reason, way) in enumerate(ways.items()):
@@ -521,7 +523,7 @@ def test_a_file_that_takes_too_long_or_too_much_is_given_up(
 
 def test_a_document_that_breaks_the_refiner_costs_itself(lake: Lake, monkeypatch: pytest.MonkeyPatch) -> None:
     p, refine = params(lake, page_timeout_s=1), on_arrival.refine_batch
-    put(lake, "raw/r/a.jsonl", b"".join(b'{"text": "document %d"}\n' % i for i in range(4)))
+    put_file(lake, "raw/r/a.jsonl", b"".join(b'{"text": "document %d"}\n' % i for i in range(4)))
 
     def slow(table, p):
         return time.sleep(60) if "document 2" in table["text"][0].as_py() else refine(table, p)
@@ -630,7 +632,7 @@ def test_the_command_watches_until_it_is_stopped(lake: Lake, pages: list[bytes],
     words = [sys.executable, "-m", "kit.cli", "watch", str(tmp_path / "r.yaml"), "--lake", lake.uri]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as command:
         assert command.stdout.readline().startswith("watching raw/r/")
-        put(lake, "raw/r/new.html", pages[0])
+        put_file(lake, "raw/r/new.html", pages[0])
         assert [command.stdout.readline().split()[0] for _ in range(2)] == ["extracted", "refined"]
         command.send_signal(signal.SIGINT)
         assert command.wait(30) == 1 and "interrupted" in command.stderr.read()

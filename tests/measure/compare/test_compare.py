@@ -10,7 +10,7 @@ from support import (
 from kit import params
 from kit.errors import ModelError
 from kit.measure.compare import compare
-from kit.measure.compare.compare import compare_generations, complete, report
+from kit.measure.compare.compare import compare_generations, comparison_page, complete
 from kit.params import CompareGenerations
 
 EVIL = "<script>alert(1)</script> \u202etxt\x07"
@@ -52,7 +52,7 @@ def test_the_page_escapes_every_text_and_needs_no_network(lake):
     p = settings(lake, run="sample")
     rows = [{"prompt": EVIL, "base": EVIL, "tuned": EVIL, "aligned": ""}]
     scores = [{"model": m, "perplexity": 10.0, "tokens": 5} for m in compare.STEPS]
-    page = report(rows, scores, p)
+    page = comparison_page(rows, scores, p)
     assert "<script" not in page
     assert "\u202e" not in page
     assert "&lt;script&gt;" in page

@@ -14,7 +14,7 @@ from kit.measure.data import data_benchmark, process_tree
 from kit.measure.data.benchmark_rows import Row
 from kit.measure.data.data_benchmark import extrapolate, quality, spark_against_loop, tell, whole_crawl
 from kit.measure.data.data_jobs import datatrove_counts
-from kit.measure.data.process_tree import Measured, measure
+from kit.measure.data.process_tree import Measured, measure_tree
 from kit.params import BenchmarkData
 
 BURN = """
@@ -53,7 +53,7 @@ def family(tmp_path, monkeypatch):
 
 def test_the_cpu_of_a_grandchild_that_nobody_waits_for_is_seen(family):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = measure(f"{family}:grandchild", {"seconds": 1.0})
+    found = measure_tree(f"{family}:grandchild", {"seconds": 1.0})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert found.result == {"units": 1} and found.error is None
     told = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -63,13 +63,13 @@ def test_the_cpu_of_a_grandchild_that_nobody_waits_for_is_seen(family):
 
 
 def test_a_program_without_children_is_measured_exactly_and_returns_its_result(family):
-    found = measure(f"{family}:alone", {"seconds": 0.6})
+    found = measure_tree(f"{family}:alone", {"seconds": 0.6})
     assert found.result == [1, "two"]
     assert 0.6 <= found.marks["exit"][1] < 2 and found.worker_mb > 5
 
 
 def test_an_error_is_its_last_line(family):
-    assert measure(f"{family}:broken", {}).error == "ValueError: no such page"
+    assert measure_tree(f"{family}:broken", {}).error == "ValueError: no such page"
 
 
 def test_words_and_snippets_of_what_an_extractor_found(tmp_path):
@@ -83,7 +83,12 @@ def test_words_and_snippets_of_what_an_extractor_found(tmp_path):
     texts = tmp_path / "auto.json"
     texts.write_text('{"1": "one\\ntwo menu", "2": "kept cookies", "3": "no gold"}')
     row = Row(
-        "extractor", "auto", "extract", {"extractor": "auto", "texts": str(texts)}, "auto", runs=[Measured()]
+        "extractor",
+        "auto",
+        "extract_pages",
+        {"extractor": "auto", "texts": str(texts)},
+        "auto",
+        runs=[Measured()],
     )
     (found,) = quality([row], str(gold), {"1", "2", "3"})
     assert found["pages"] == 1 and "blocks_card.md" in found["note"]

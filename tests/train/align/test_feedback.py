@@ -11,7 +11,7 @@ import pytest
 from support import dpo_params, make_lake, no_network, outputs, review, sft_params, tiny_model
 
 from kit import pipeline
-from kit.data.datasets.preferences import validate
+from kit.data.datasets.preferences import validate_pairs
 from kit.errors import LakeError, ModelError, ParamError
 from kit.params import AlignDpo, ConstitutionalFeedback
 from kit.progress import Progress, progress
@@ -172,7 +172,7 @@ def test_pairs_of_an_endpoint_pass_the_validator_and_train_70(lake, serve):
     found = feed(lake, serve(talk))
     assert found.counts.records_out == 8
     pairs = lake.table(found, "preferences").to_pylist()
-    assert len(validate(pairs)[0]) == 8
+    assert len(validate_pairs(pairs)[0]) == 8
     assert {(x["chosen"][:15], x["rejected"]) for x in pairs} == {(" A revised text", " My first answer.")}
     finetune(sft_params(lake), lake)
     train = {"dpo_steps": 12, "dpo_learning_rate": 5e-3, "max_tokens": 128}

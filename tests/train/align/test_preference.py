@@ -79,7 +79,7 @@ def test_another_reference_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="not 0.6931"):
         check_first_loss(float("nan"))
     lake = tuned_lake(tmp_path)
-    build = preference.build
+    build = preference.preference_trainer
 
     def wrong_reference(p, model, *args):
         trainer = build(p, model, *args)
@@ -90,7 +90,7 @@ def test_another_reference_is_refused(tmp_path, monkeypatch):
         add_fused_lm_head(trainer.ref_model)
         return trainer
 
-    monkeypatch.setattr(preference, "build", wrong_reference)
+    monkeypatch.setattr(preference, "preference_trainer", wrong_reference)
     with pytest.raises(ModelError, match="the reference is not the model that training starts from"):
         align(dpo_params(lake), lake)
     assert lake.manifest("sample", "70_align_dpo") is None

@@ -19,7 +19,7 @@ from kit.train.align.trust import LIMITS, calibration, hacking, repetition, wils
 from kit.train.encode.encode import perplexity, prepare
 from kit.train.loop.meter import steps_table
 from kit.train.models import load
-from kit.train.plan.setup import resolve
+from kit.train.plan.setup import resolve_setup
 from kit.train.tune.sft import finetune
 
 WORDS = ["plot", "cast", "scene", "music", "light", "story", "actor", "joke", "song", "end"]
@@ -69,7 +69,7 @@ def policy(folder, **values):
     model = load.load_model(tiny_model(), dtype="float32")
     torch.manual_seed(0)  # random tied weights give all tokens nearly the same probability
     model.lm_head.weight = torch.nn.Parameter(torch.randn(512, 64) * 0.15)
-    setup = resolve(p, p.fits()[1])
+    setup = resolve_setup(p, p.fits()[1])
     return reward.build_policy(p, setup, model, Planted(model), asked, folder)
 
 
@@ -85,7 +85,7 @@ def test_a_planted_preference_is_learned_and_the_saved_model_gives_the_same_rewa
     judge = reward.Judge(PeftModel.from_pretrained(base, lake.local_folder(m, "reward")), tokenizer)
     found = lake.table(lake.need("sample", "50_build_datasets"), "preferences").to_pylist()
     unseen = reward.prepare_pairs(found, judge.tokenizer, p.reward_tokens, "heldout")
-    assert reward.judged(judge, unseen)["brier"] == pytest.approx(learned["brier"], abs=1e-6)
+    assert reward.reward_scores(judge, unseen)["brier"] == pytest.approx(learned["brier"], abs=1e-6)
     assert (m.counts.records_in, m.counts.records_out, m.counts.dropped) == (48, 48, {})
 
 
@@ -119,7 +119,7 @@ def test_a_planted_reward_rises(tmp_path, objective):
         "policy_kl_beta": 0.01,
     }
     trainer = policy(tmp_path, policy_objective=objective, **given)
-    ran = reward.run(trainer, "policy")
+    ran = reward.run_training(trainer, "policy")
     steps = steps_table(trainer).to_pydict()
     assert sum(steps["reward"][-3:]) > sum(steps["reward"][:3]) + 0.3
     assert steps["kl"][0] == pytest.approx(0, abs=1e-6)
@@ -240,6 +240,6 @@ def test_a_text_that_several_pairs_share_is_read_once(monkeypatch):
     pairs = [pair(i, f" {better}", " dull", "Film is", "heldout") for i, better in enumerate(WORDS[:5])]
     read, rewards = [], judge.rewards
     monkeypatch.setattr(judge, "rewards", lambda texts: (read.extend(map(tuple, texts)), rewards(texts))[1])
-    found = reward.judged(judge, reward.prepare_pairs(pairs, judge.tokenizer, 32, "heldout"))
+    found = reward.reward_scores(judge, reward.prepare_pairs(pairs, judge.tokenizer, 32, "heldout"))
     assert (found["pairs"], found["texts"]) == (5, 6) == (5, len(read))
     assert len(set(read)) == 6

@@ -4,7 +4,14 @@ import math
 
 import torch
 
-from kit.train.encode.batches import IGNORED, collate_packed, packed_lengths, padded, predicted, summed_loss
+from kit.train.encode.batches import (
+    IGNORED,
+    collate_packed,
+    packed_lengths,
+    padded_batch,
+    predicted_tokens,
+    summed_loss,
+)
 
 PACKED = [
     {"input_ids": [5, 6, 7, 8, 9], "labels": [5, 6, 7, 8, 9], "seq_lengths": [3, 2]},
@@ -21,12 +28,12 @@ def test_a_given_length_adds_padding_that_is_no_document_and_is_not_predicted():
 
 
 def test_what_predicts_is_what_stands_before_a_token_that_counts():
-    _, _, labels = padded(
+    _, _, labels = padded_batch(
         [{"input_ids": [4, 5, 6], "labels": [IGNORED, 5, 6]}, {"input_ids": [7, 8], "labels": [7, IGNORED]}],
         pad=0,
     )
     places = torch.arange(6).reshape(2, 3)
-    before, tokens = predicted(places, labels)
+    before, tokens = predicted_tokens(places, labels)
     assert (before.tolist(), tokens.tolist()) == ([0, 1], [5, 6])
 
 

@@ -8,8 +8,8 @@ from kit.params import FinetuneSft
 from kit.train.encode.encode import prepare
 from kit.train.models import load
 from kit.train.models.methods import METHODS, adapter_config, base_quantization
-from kit.train.plan.setup import resolve
-from kit.train.tune.sft import fit
+from kit.train.plan.setup import resolve_setup
+from kit.train.tune.sft import fit_rows
 
 
 def test_the_table_has_every_method_that_a_recipe_may_name():
@@ -19,8 +19,8 @@ def test_the_table_has_every_method_that_a_recipe_may_name():
         config = adapter_config(p)
         assert (config is None) == (name == "full")
         assert method.merges == (config is None or not config.is_prompt_learning)
-        assert resolve(p).learning_rate == method.learning_rate > 0
-        assert resolve(p.model_copy(update={"sft_learning_rate": 1e-5})).learning_rate == 1e-5
+        assert resolve_setup(p).learning_rate == method.learning_rate > 0
+        assert resolve_setup(p.model_copy(update={"sft_learning_rate": 1e-5})).learning_rate == 1e-5
     assert base_quantization(FinetuneSft(method="qlora")) == "nf4_double"
     assert base_quantization(FinetuneSft(method="qlora", quantization="nf4")) == "nf4"
     with pytest.raises(ModelError, match="method=qlora"):
@@ -41,6 +41,6 @@ def reviews(data_lake):
 def test_the_held_out_loss_on_the_samples_reviews_falls_below_the_bases(reviews, method, tmp_path):
     tokenizer, train, heldout = reviews
     p = FinetuneSft(method=method, max_tokens=64, sft_steps=6, sft_batch_size=2)
-    m = fit(p, tokenizer, train, heldout, tmp_path).metrics
+    m = fit_rows(p, tokenizer, train, heldout, tmp_path).metrics
     print(f"{method}: {m['heldout_before']:.3f} → {m['heldout_after']:.3f}")
     assert m["heldout_after"] < m["heldout_before"]

@@ -155,22 +155,22 @@ def test_the_saved_adapter_names_no_machine_and_no_hash_order(tmp_path):
 
 def test_encode_masks_the_prompt_and_ends_what_fits():
     tokenizer = load.load_tokenizer(tiny_model())
-    row = encode.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
+    row = encode.encode_row({"prompt": "The review is", "completion": " fine"}, tokenizer, 100)
     n = len(tokenizer("The review is")["input_ids"])
     assert row["labels"][:n] == [IGNORED] * n
     assert row["labels"][n:] == row["input_ids"][n:]
     assert row["input_ids"][-1] == tokenizer.eos_token_id
-    cut = encode.encode({"prompt": "The review is", "completion": " fine"}, tokenizer, n + 1)
+    cut = encode.encode_row({"prompt": "The review is", "completion": " fine"}, tokenizer, n + 1)
     assert len(cut["input_ids"]) == n + 1
     assert cut["input_ids"][-1] != tokenizer.eos_token_id
-    whole = encode.encode({"prompt": "", "completion": "The film"}, tokenizer, 100)
+    whole = encode.encode_row({"prompt": "", "completion": "The film"}, tokenizer, 100)
     assert whole["labels"] == whole["input_ids"]
 
 
 def test_perplexity_is_that_of_one_row_at_a_time_whatever_the_padding():
     tokenizer = load.load_tokenizer(tiny_model())
     model = load.load_model(tiny_model(), dtype="float32")
-    rows = [encode.encode({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
+    rows = [encode.encode_row({"prompt": "The", "completion": text}, tokenizer, 50) for text in TEXT]
     total = tokens = 0
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])

@@ -209,10 +209,12 @@ def long_job(tmp_path, **more):
     folder = tmp_path / "job"
     folder.mkdir()
     tokenizer = classify.AutoTokenizer.from_pretrained(p.encoder)
-    classify.begin(p, tokenizer, folder / rank_job.START)
+    classify.write_start(p, tokenizer, folder / rank_job.START)
     rows = labelled(reviews(44), "train")
     rank_job.save_rows(
-        folder / rank_job.ROWS, classify.encode(tokenizer, [t for t, _ in rows], 32), [n for _, n in rows]
+        folder / rank_job.ROWS,
+        classify.encode_texts(tokenizer, [t for t, _ in rows], 32),
+        [n for _, n in rows],
     )
     return folder, *jobs(p, "ddp")
 

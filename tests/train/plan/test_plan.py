@@ -21,7 +21,7 @@ from kit.train.plan import dry, fit
 from kit.train.plan import machine as machines
 from kit.train.plan.flops import model_flops
 from kit.train.plan.machine import GPUS, Machine
-from kit.train.plan.setup import resolve
+from kit.train.plan.setup import resolve_setup
 from kit.train.tune.sft import finetune
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
@@ -45,7 +45,7 @@ def tuning(**values):
 
 
 def planned(p, machine, rows_tokens=()):
-    return fit.plan(resolve(p, machine=machine), rows_tokens)
+    return fit.plan_training(resolve_setup(p, machine=machine), rows_tokens)
 
 
 def seen(method, base=None, dtype=torch.float32):
@@ -119,11 +119,11 @@ def test_what_does_not_fit_is_told_with_the_nearest_plan_that_does():
     with pytest.raises(
         ModelError, match=r"needs 1\d\d\.\d GB and a small machine has 20\.0 GB free: .*method="
     ):
-        fit.require_fit(resolve(p, machine=SMALL), rows_tokens=[200])
-    changes, made = fit.nearest(resolve(p, machine=SMALL), [200])
+        fit.require_fit(resolve_setup(p, machine=SMALL), rows_tokens=[200])
+    changes, made = fit.nearest_fit(resolve_setup(p, machine=SMALL), [200])
     assert changes["method"] == "lora" and made.memory_mb < SMALL.memory_mb
     again = p.model_copy(update=changes)
-    assert fit.require_fit(resolve(again, machine=SMALL), rows_tokens=[200]) == made
+    assert fit.require_fit(resolve_setup(again, machine=SMALL), rows_tokens=[200]) == made
     for name in changes:  # nothing is changed that need not be
         kept = p.model_copy(update={k: v for k, v in changes.items() if k != name})
         assert planned(kept, SMALL, [200]).memory_mb > SMALL.memory_mb
@@ -133,9 +133,9 @@ def test_the_cheapest_change_comes_first():
     p = tuning(base_model=LLAMA_8B, dtype="bfloat16", max_tokens=1024, sft_batch_size=8)
     without = planned(p.model_copy(update={"activation_checkpointing": True}), SMALL)
     enough = Machine("x", without.memory_mb + 1, 300e9, 10.0, gpu=False)
-    assert fit.nearest(resolve(p, machine=enough))[0] == {"activation_checkpointing": True}
-    tiny = resolve(p, machine=Machine("x", 700.0, 300e9, 10.0, gpu=False))
-    assert fit.nearest(tiny) is None and "no way to tune it fits" in fit.too_large(tiny, without)
+    assert fit.nearest_fit(resolve_setup(p, machine=enough))[0] == {"activation_checkpointing": True}
+    tiny = resolve_setup(p, machine=Machine("x", 700.0, 300e9, 10.0, gpu=False))
+    assert fit.nearest_fit(tiny) is None and "no way to tune it fits" in fit.too_large(tiny, without)
 
 
 def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(tmp_path, monkeypatch):

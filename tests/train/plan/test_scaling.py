@@ -13,12 +13,12 @@ from kit.errors import ModelError
 from kit.params import FinetuneSft
 from kit.train.plan import fit, scaling
 from kit.train.plan.machine import GPUS
-from kit.train.plan.scaling import STRATEGIES, Links, Work, measured_links, predict, work_of
-from kit.train.plan.setup import resolve
+from kit.train.plan.scaling import STRATEGIES, Links, StepWork, measured_links, predict, work_of
+from kit.train.plan.setup import resolve_setup
 
 GB = 1e9
 # 250M float32 weights, all trained: a gradient of 1 GB; 12 passes
-WORK = Work(250e6, 250e6, 48, 8, 1024, 10_000, 12_000, flops=2.4e12, activations=3e9, microbatches=12)
+WORK = StepWork(250e6, 250e6, 48, 8, 1024, 10_000, 12_000, flops=2.4e12, activations=3e9, microbatches=12)
 LINKS = Links(inside=100, between=10, flops_per_s=1e12, devices_per_node=8, latency_s=0, overlap=0)
 
 
@@ -118,8 +118,8 @@ def test_on_one_gpu_it_is_the_plan(method, optimizer, again):
     passes = {"gradient_accumulation": 3, "activation_checkpointing": again, "sft_steps": 10}
     p = FinetuneSft(base_model=tiny_model(), method=method, optimizer=optimizer, **passes)
     machine = GPUS["h100"]
-    setup = resolve(p, machine=machine)
-    work, usual = work_of(setup), fit.plan(setup)
+    setup = resolve_setup(p, machine=machine)
+    work, usual = work_of(setup), fit.plan_training(setup)
     one = predict(work, Links(450, 50, machine.flops_per_s * fit.EFFICIENCY["gpu"]), "ddp", 1)
     assert 10 * one.step_seconds == pytest.approx(usual.seconds) and work.rows == 12
     assert sum(one.memory.values()) == pytest.approx((usual.memory_mb - usual.parts["evaluation"]) * fit.MB)

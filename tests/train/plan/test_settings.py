@@ -16,7 +16,7 @@ from kit.train.models import load
 from kit.train.models.methods import adapter_config
 from kit.train.plan import fit, settings
 from kit.train.plan.machine import Machine
-from kit.train.plan.setup import resolve
+from kit.train.plan.setup import resolve_setup
 from kit.train.tune import sft
 from kit.train.tune.sft import finetune
 
@@ -79,7 +79,7 @@ def fitted(lake, folder, changes, **values):
     tokenizer = load.load_tokenizer(p.base_model)
     rows = lake.table(lake.need("sample", "50_build_datasets"), "train").to_pylist()
     train = sft.prepare(rows, tokenizer, p.max_tokens)
-    return sft.fit(p, tokenizer, train, train, folder / "work", changes).metrics
+    return sft.fit_rows(p, tokenizer, train, train, folder / "work", changes).metrics
 
 
 def test_adapters_under_autocast_take_bfloat16_and_are_put_back(tmp_path):
@@ -113,13 +113,13 @@ def test_batch_0_is_what_the_memory_takes_and_a_killed_run_keeps_it(tmp_path, ca
     def found(megabytes, tokens=16_384):
         monkeypatch.setattr(sft, "PASS_TOKENS", tokens)
         machine = Machine("x", megabytes, 1e9, 10.0, gpu=False)
-        return sft.largest_batch(resolve(p, machine=machine), lengths)
+        return sft.largest_batch(resolve_setup(p, machine=machine), lengths)
 
     assert found(1e6) == 256 and found(1e6, tokens=100) == 2, "no more than a pass needs"
     rows = found(900)
     assert 1 <= rows < 256 and rows & (rows - 1) == 0, "a power of two"
-    setup = resolve(p, machine=Machine("x", 900, 1e9, 10.0, gpu=False))
-    sizes = [fit.plan(setup.with_rows(n), lengths) for n in (rows, 2 * rows)]
+    setup = resolve_setup(p, machine=Machine("x", 900, 1e9, 10.0, gpu=False))
+    sizes = [fit.plan_training(setup.with_rows(n), lengths) for n in (rows, 2 * rows)]
     assert sizes[0].memory_mb <= 0.8 * 900 < sizes[1].memory_mb
     assert found(1.0) == 1, "whether one row fits is the plan's to say"
     monkeypatch.setattr(sft, "PASS_TOKENS", 160)
@@ -127,7 +127,7 @@ def test_batch_0_is_what_the_memory_takes_and_a_killed_run_keeps_it(tmp_path, ca
     assert taken.fit.rows == 4 and "batch: 4 rows a pass, 1 passes a step" in capsys.readouterr().out
     monkeypatch.setattr(sft, "PASS_TOKENS", 16_384)
     assert sft.with_batch(setup, lengths, tmp_path).fit.rows == 4
-    chosen = resolve(p.model_copy(update={"sft_batch_size": 3}))
+    chosen = resolve_setup(p.model_copy(update={"sft_batch_size": 3}))
     assert sft.with_batch(chosen, lengths, tmp_path).fit.rows == 3
 
 

@@ -16,14 +16,14 @@ from kit.train.align import preference
 from kit.train.plan import fit as plan
 from kit.train.plan import scaling
 from kit.train.plan.machine import GPUS, Machine
-from kit.train.plan.setup import resolve
+from kit.train.plan.setup import resolve_setup
 from kit.train.tune.sft import finetune
 
 GPU = GPUS["h100"]
 
 
 def compiles(p):
-    return {fit.name: resolve(p, fit, GPU).recipe["compile"] for fit in p.fits()}
+    return {fit.name: resolve_setup(p, fit, GPU).recipe["compile"] for fit in p.fits()}
 
 
 def test_what_is_compiled_hangs_on_the_steps_of_what_is_trained():
@@ -42,8 +42,8 @@ def test_what_is_compiled_hangs_on_the_steps_of_what_is_trained():
 
 def policy_plan(machine=GPU, **values):
     p = RewardAndPolicy(base_model=tiny_model(), **values)
-    reward, policy = (resolve(p, fit, machine) for fit in p.fits())
-    return plan.plan(reward), plan.plan(policy)
+    reward, policy = (resolve_setup(p, fit, machine) for fit in p.fits())
+    return plan.plan_training(reward), plan.plan_training(policy)
 
 
 def test_the_policys_memory_and_time_are_planned_from_its_own_fields():
@@ -63,13 +63,13 @@ def test_a_policy_that_does_not_fit_names_its_own_parameters():
     given = {"policy_prompts": 512, "reward_tokens": 512, "max_tokens": 64, "policy_generations": 8}
     p = RewardAndPolicy(base_model=tiny_model(), dtype="float32", **given)
     machine = Machine("a machine", 2048.0, 1e12, 100.0, gpu=False)
-    reward, policy = (resolve(p, fit, machine) for fit in p.fits())
+    reward, policy = (resolve_setup(p, fit, machine) for fit in p.fits())
     assert plan.require_fit(reward, rows_tokens=[512])
     with pytest.raises(ModelError, match=r"a machine has 2\.0 GB free: .*policy_prompts=1 .*needs"):
         plan.require_fit(policy, rows_tokens=[512])
     both, wrong = plan.foresee(p, machine)
     assert "policy_prompts=1" in wrong
-    assert both.seconds == plan.plan(reward).seconds + plan.plan(policy).seconds
+    assert both.seconds == plan.plan_training(reward).seconds + plan.plan_training(policy).seconds
 
 
 def test_texts_that_are_too_long_for_the_machine_are_shortened_by_the_parameter_that_sets_them():
@@ -79,9 +79,9 @@ def test_texts_that_are_too_long_for_the_machine_are_shortened_by_the_parameter_
         policy_prompts=1, activation_checkpointing=True,
     )  # fmt: skip
     shorter = p.model_copy(update={"reward_tokens": 1024})
-    enough = plan.plan(resolve(shorter, shorter.fits()[1], GPU)).memory_mb
+    enough = plan.plan_training(resolve_setup(shorter, shorter.fits()[1], GPU)).memory_mb
     machine = replace(GPU, memory_mb=enough)
-    changes, made = plan.nearest(resolve(p, p.fits()[1], machine))
+    changes, made = plan.nearest_fit(resolve_setup(p, p.fits()[1], machine))
     assert changes == {"reward_tokens": 1024} and made.memory_mb == enough
 
 
@@ -89,27 +89,29 @@ def test_only_a_reference_adds_its_forward_pass():
     """Texts a row were taken for it: ORPO and the reward model have two and no reference."""
 
     def seconds(**values):
-        return plan.plan(resolve(AlignDpo(base_model=tiny_model(), **values), machine=GPU)).seconds
+        return plan.plan_training(
+            resolve_setup(AlignDpo(base_model=tiny_model(), **values), machine=GPU)
+        ).seconds
 
     assert seconds(preference_loss="orpo") < seconds(preference_loss="dpo") == seconds(preference_loss="kto")
     for loss, objective in preference.OBJECTIVES.items():
         assert AlignDpo(preference_loss=loss).fits()[0].reference == (objective.first_loss is not None)
     reward, _ = RewardAndPolicy().fits()
-    usual = resolve(RewardAndPolicy(base_model=tiny_model()), reward, GPU)
+    usual = resolve_setup(RewardAndPolicy(base_model=tiny_model()), reward, GPU)
     compared = replace(usual, fit=replace(reward, reference=True))
-    assert plan.plan(usual).seconds < plan.plan(compared).seconds
+    assert plan.plan_training(usual).seconds < plan.plan_training(compared).seconds
 
 
 def test_a_stage_without_a_method_trains_all_weights_in_float32():
     for p in (ContinuePretraining(dtype="bfloat16"), Distill(dtype="bfloat16")):
-        setup = resolve(p, p.fits()[0])
+        setup = resolve_setup(p, p.fits()[0])
         assert setup.full and setup.mixed and setup.quantization == "none"
         assert setup.weights == torch.float32 and setup.recipe["weights"] == "float32"
         assert setup.recipe["autocast"] and not setup.recipe["packing"]
 
 
 def test_each_model_has_an_adapter_configuration_of_its_own():
-    setup = resolve(FinetuneSft())
+    setup = resolve_setup(FinetuneSft())
     setup.new_adapter().target_modules = {"changed"}
     assert setup.new_adapter().target_modules == "all-linear"
 
@@ -154,8 +156,8 @@ def test_the_parameters_of_60_come_back_to_few_modules(tmp_path):
 
     def whole_trip():
         planned, _ = plan.foresee(p, GPU)
-        table.estimate(p, 10, None, (planned.seconds, planned.memory_mb, "a plan"))
-        scaling.work_of(resolve(p, machine=GPU))
+        table.estimate_stage(p, 10, None, (planned.seconds, planned.memory_mb, "a plan"))
+        scaling.work_of(resolve_setup(p, machine=GPU))
         finetune(p, lake)
 
     entered = entries(whole_trip)

@@ -10,11 +10,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from kit import params
 from kit.errors import ModelError
-from kit.train.encode.batches import IGNORED, padded
+from kit.train.encode.batches import IGNORED, padded_batch
 from kit.train.encode.encode import perplexity, prepare
 from kit.train.models import load
 from kit.train.tune import distill as stage
-from kit.train.tune.distill import WAYS, build, distill, losses, thin
+from kit.train.tune.distill import WAYS, distill, distillation_losses, student_trainer, thin
 from kit.train.tune.sft import finetune
 
 SMALL = {"distill_steps": 3, "distill_batch_size": 2, "max_tokens": 48, "eval_rows": 3, "threads": 1}
@@ -48,9 +48,11 @@ def sums(s, t, labels, temperature, beta):
 def test_the_divergence_is_the_formula(temperature, beta):
     torch.manual_seed(0)
     s, t, labels = torch.randn(7, 11), torch.randn(7, 11), torch.randint(0, 11, (7,))
-    torch.testing.assert_close(losses(s, t, labels, temperature, beta), sums(s, t, labels, temperature, beta))
-    assert losses(s, s, labels, temperature, beta)[1] == pytest.approx(0, abs=1e-5)
-    assert losses(s, None, labels)[1] == 0
+    torch.testing.assert_close(
+        distillation_losses(s, t, labels, temperature, beta), sums(s, t, labels, temperature, beta)
+    )
+    assert distillation_losses(s, s, labels, temperature, beta)[1] == pytest.approx(0, abs=1e-5)
+    assert distillation_losses(s, None, labels)[1] == 0
 
 
 def trainer_of(folder, **values):
@@ -59,8 +61,10 @@ def trainer_of(folder, **values):
     teacher, tokenizer = load.load_model(tiny_model(), dtype="float32"), load.load_tokenizer(tiny_model())
     rows = prepare([review(0, " fine work"), review(1, " no", prompt="A warm, funny picture")], tokenizer, 48)
     student = thin(teacher, 1).requires_grad_(True)
-    trainer = build(p, "off_policy", student, teacher.requires_grad_(False), tokenizer, rows, folder)
-    return trainer, dict(zip(BATCH, padded(rows.rows, tokenizer.pad_token_id), strict=True))
+    trainer = student_trainer(
+        p, "off_policy", student, teacher.requires_grad_(False), tokenizer, rows, folder
+    )
+    return trainer, dict(zip(BATCH, padded_batch(rows.rows, tokenizer.pad_token_id), strict=True))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 256])

@@ -14,9 +14,9 @@ from kit.errors import ModelError
 from kit.lake.manifest import Counts
 from kit.lake.store import Lake
 from kit.train.models import load
-from kit.train.plan.setup import resolve
+from kit.train.plan.setup import resolve_setup
 from kit.train.tune import pretrain
-from kit.train.tune.pretrain import score, wrap
+from kit.train.tune.pretrain import passage_scores, wrap
 
 
 def prose(seed):
@@ -70,7 +70,11 @@ def made(tmp_path_factory):
     lake, looks = make_lake(tmp_path_factory.mktemp("lake")), []
     p = small(lake, pretrain_steps=30, pretrain_learning_rate=1e-2, continue_learning_rate=3e-3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "score", lambda m, t, x: looks.append((x, logits(m))) or score(m, t, x))
+        patch.setattr(
+            pretrain,
+            "passage_scores",
+            lambda m, t, x: looks.append((x, logits(m))) or passage_scores(m, t, x),
+        )
         attempts = no_network(patch)
         manifest = pretrain.pretrain(p, lake)
     return p, lake, manifest, looks, attempts
@@ -85,7 +89,7 @@ def test_both_learn_and_both_folders_load_as_what_was_measured(made):
         assert m["after"]["domain"]["bits_per_byte"] < m["before"]["domain"]["bits_per_byte"]
         model, tokenizer = load.load_model(folder, dtype="float32"), load.load_tokenizer(folder)
         assert torch.equal(logits(model), after)
-        assert score(model, tokenizer, held) == m["after"]
+        assert passage_scores(model, tokenizer, held) == m["after"]
         assert tokenizer.pad_token_id != tokenizer.eos_token_id
     first, *_, last = manifest.metrics["scratch"]["losses"]
     assert first == pytest.approx(math.log(300), rel=0.05) and last < 0.8 * first, "it knew nothing"
@@ -134,14 +138,16 @@ def test_the_same_bytes_twice_and_others_with_another_seed(tmp_path):
 def test_the_share_of_replayed_rows_is_what_was_asked_for(tmp_path, share, rows):
     lake = make_lake(tmp_path)
     p = small(lake, replay_share=share, continue_steps=4)
-    trainer, ran, _ = pretrain.fit(p, resolve(p, p.fits()[1]), texts_of(p, lake), tmp_path / "work")
+    trainer, ran, _ = pretrain.fit_texts(
+        p, resolve_setup(p, p.fits()[1]), texts_of(p, lake), tmp_path / "work"
+    )
     general = wrap(texts_of(p, lake)["general"], trainer.processing_class, 64)[0]
     seen = [ids in general for ids in trainer.train_dataset["input_ids"]]
     assert len(seen) == 8 and sum(seen) == rows == ran["replayed_rows"]
     assert sum(seen[:4]) == rows / 2, "evenly spread"
-    alone = pretrain.fit(p, resolve(p, p.fits()[0]), texts_of(p, lake) | {"held out: general": {}}, tmp_path)[
-        1
-    ]["after"]
+    alone = pretrain.fit_texts(
+        p, resolve_setup(p, p.fits()[0]), texts_of(p, lake) | {"held out: general": {}}, tmp_path
+    )[1]["after"]
     assert set(alone) == {"domain"}, "what is not there is not measured"
 
 
@@ -169,6 +175,9 @@ def test_bits_per_byte_asks_every_tokenizer_for_the_same_bytes(made):
     folder, text = lake.local_folder(manifest, "scratch"), " ist schön"
     model, tokenizer = load.load_model(folder, dtype="float32"), load.load_tokenizer(folder)
     torch.nn.init.zeros_(model.lm_head.weight)  # each of 300 entries is as likely
-    found, tokens = score(model, tokenizer, {"x": ["Größe" + text]})["x"], len(tokenizer(text)["input_ids"])
+    found, tokens = (
+        passage_scores(model, tokenizer, {"x": ["Größe" + text]})["x"],
+        len(tokenizer(text)["input_ids"]),
+    )
     assert (found["bytes"], found["tokens"]) == (len(text.encode()), tokens)
     assert found["bits_per_byte"] == pytest.approx(math.log2(300) * tokens / len(text.encode()), rel=1e-5)
