@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,8 +33,6 @@ from kit.params import (
 from kit.show import Table, printable
 from kit.train.models import load
 
-COMMANDS = ("run", "status", "trace", "watch", "estimate", "doctor")
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -60,9 +58,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="NN", help="one stage")
     run.add_argument("--force", action="store_true", help="run again what is done")
     status = commands.add_parser("status", help="one line a stage: done, stale, failed, missing")
-    status.add_argument(
-        "run", nargs="?", help="name of the run, or its recipe; default: every run of the lake"
-    )
+    which = "name of the run, or its recipe; default: every run of the lake"
+    status.add_argument("run", nargs="?", help=which)
     status.add_argument("--lake", help="folder or s3://…; default: lake/ of the checkout")
     trace = commands.add_parser("trace", help="from a row or document back to its bytes")
     trace.add_argument("id", help="row_id, pair_id or doc_id")
@@ -84,14 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-            raise ParamError(
-                f"no command '{words[0]}'{did_you_mean(words[0], list(COMMANDS))} (kit --help shows the words)"
-            )
+            hint = did_you_mean(words[0], list(COMMANDS))
+            raise ParamError(f"no command '{words[0]}'{hint} (kit --help shows the words)")
         args = parser().parse_args(words)
         if args.command is None:
             parser().print_help()
             return 2
-        return globals()[f"_{args.command}"](args)
+        return COMMANDS[args.command](args)
     except KitError as error:
         print(f"kit: {error}", file=sys.stderr)
         return error.exit_status
@@ -129,14 +125,14 @@ def _run(args: argparse.Namespace) -> int:
     values = recipe_values(args)
     stages = pipeline.pick(args.first, args.last, args.only)
     lake = pipeline.run_stages(values, stages, args.force)
-    found = pipeline.states(lake, values)
-    print(f"\n{report.stage_table(lake, values['run'], found)}")
+    stage_states = pipeline.states(lake, values)
+    print(f"\n{report.stage_table(lake, values['run'], stage_states)}")
     if stages[-1] == list(STAGES)[-1]:
         for title, table in report.results(lake, values["run"]):
             print(f"\n{title}")
             # completions do not fit side by side on a terminal
             print(table.one_field_a_line() if len(table.columns) > 3 else table)
-    print(f"\nreport: {report.write_report(lake, values['run'], found)}")
+    print(f"\nreport: {report.write_report(lake, values['run'], stage_states)}")
     return 0
 
 
@@ -151,8 +147,8 @@ def _status(args: argparse.Namespace) -> int:
     for run in [args.run] if args.run else runs:
         # without a recipe, a run is compared with the parameters it was made with
         known = {k: v for m in lake.manifests(run) for k, v in m.params.items()}
-        found = pipeline.states(lake, {**known, **values, "run": run, "lake": lake.uri})
-        print(f"run {run}\n{report.stage_table(lake, run, found)}\n")
+        stage_states = pipeline.states(lake, {**known, **values, "run": run, "lake": lake.uri})
+        print(f"run {run}\n{report.stage_table(lake, run, stage_states)}\n")
     if not runs:
         print(f"no run in {lake.uri} yet")
     return 0
@@ -190,17 +186,13 @@ def _estimate(args: argparse.Namespace) -> int:
         rows.append(cost.estimate_stage(p, pages, lake.manifest(p.run, p.stage), planned.get(p.stage)))
         days = rows[-1].seconds / 86_400
         if days > 1 and p.stage < "60" and not isinstance(p, Cores):
-            warnings.append(
-                f"{p.stage} runs on one core whatever the cluster: {days:,.0f} days; take fewer pages"
-            )
-    total = cost.Estimate(
-        "all", f"{pages:,} {which}", round(sum(r.seconds for r in rows), 1), max(r.memory_mb for r in rows),
-        sum(r.usd for r in rows), "",
-    )  # fmt: skip
-    table = [vars(r) | {"usd": f"{r.usd:.4f}"} for r in [*rows, total]]
-    made = reference.read("rates")
+            slow = f"{days:,.0f} days; take fewer pages"
+            warnings.append(f"{p.stage} runs on one core whatever the cluster: {slow}")
+    rows.append(cost.estimate_chain(rows, f"{pages:,} {which}"))
+    table = [vars(row) | {"usd": f"{row.usd:.4f}"} for row in rows]
+    recorded = reference.read("rates")
     print(Table(table))
-    print(f"reference run: {made['machine']}, {made['date']}, commit {made['commit']}")
+    print(f"reference run: {recorded['machine']}, {recorded['date']}, commit {recorded['commit']}")
     for warning in warnings:
         print(f"warning: {warning}")
     if several:
@@ -225,28 +217,26 @@ def _print_scaled(p: Tuning, args: argparse.Namespace) -> None:
     ways |= {"{} DDP {}".format(*both): "tensor_ddp", "{} FSDP2 {}".format(*both): "tensor_data"}
     memory, steps = [], []
     for name, way, n in [("one GPU", "ddp", 1), *((*words, ranks) for words in ways.items())]:
-        made = scaling.predict(work, links, way, n, tensor)
-        gb = {part: round(size / 2**30, 2) for part, size in made.memory.items()}
-        gb |= {"all": round(sum(made.memory.values()) / 2**30, 2)} if gb else {}
-        fits = made.why_not or ("yes" if gb["all"] * 1024 <= machine.memory_mb else "no")
-        fits += f"; {made.idle} GPUs without a row" if made.idle else ""
+        predicted = scaling.predict(work, links, way, n, tensor)
+        gb = {part: round(size / 2**30, 2) for part, size in predicted.memory.items()}
+        gb |= {"all": round(sum(predicted.memory.values()) / 2**30, 2)} if gb else {}
+        fits = predicted.why_not or ("yes" if gb["all"] * 1024 <= machine.memory_mb else "no")
+        fits += f"; {predicted.idle} GPUs without a row" if predicted.idle else ""
         memory.append({"GB a GPU": name} | gb | {"fits": fits})
-        row = {"ms a step": name, "GB sent": round(made.volume / 1e9, 2), "over": made.link}
+        row = {"ms a step": name, "GB sent": round(predicted.volume / 1e9, 2), "over": predicted.link}
         for part in ("compute", "exposed", "bubble", "step"):
-            row[part] = round(getattr(made, f"{part}_seconds") * 1000, 1)
-        row |= {"speed-up": round(made.speed_up, 2), "of ideal": round(made.efficiency, 2)}
-        usd = rates.usd_per_million(made.step_seconds, work.tokens, p.usd_per_hour * n / args.gpus)
-        row |= {"tokens/s": work.tokens / made.step_seconds, "$/M": f"{usd:.4f}"}
-        steps += [row] if not made.why_not else []
+            row[part] = round(getattr(predicted, f"{part}_seconds") * 1000, 1)
+        row |= {"speed-up": round(predicted.speed_up, 2), "of ideal": round(predicted.efficiency, 2)}
+        usd = rates.usd_per_million(predicted.step_seconds, work.tokens, p.usd_per_hour * n / args.gpus)
+        row |= {"tokens/s": work.tokens / predicted.step_seconds, "$/M": f"{usd:.4f}"}
+        steps += [row] if not predicted.why_not else []
     which = f"{args.nodes} × {args.gpus} {machine.name}"
     print(f"\n{p.stage}: {work.rows} rows of {p.max_tokens:,} tokens a step on {which}")
     print(f"{Table(memory, list(memory[0]))}\n\n{Table(steps)}\n{scaling.MODEL}")
-    print(
-        f"{inside:g} GB/s a GPU in a node, {between:g} a node outside; hidden: {links.overlap:.0%} at most (DDP, FSDP2)"
-    )
-    print(
-        f"arithmetic: {reached:.0%} of the peak; $ per million tokens: usd_per_hour={p.usd_per_hour:g} a node"
-    )
+    hidden = f"hidden: {links.overlap:.0%} at most (DDP, FSDP2)"
+    print(f"{inside:g} GB/s a GPU in a node, {between:g} a node outside; {hidden}")
+    price = f"$ per million tokens: usd_per_hour={p.usd_per_hour:g} a node"
+    print(f"arithmetic: {reached:.0%} of the peak; {price}")
 
 
 def _pages(values: dict[str, Any]) -> tuple[int, str]:
@@ -276,18 +266,17 @@ def _planned(
 
     known_gpus = list(machines.GPUS)
     if gpu and gpu.lower() not in known_gpus:
-        raise ParamError(
-            f"unknown GPU '{gpu}'{did_you_mean(gpu, known_gpus)}; known: {', '.join(known_gpus)}"
-        )
-    found, warnings = {}, []
+        hint = did_you_mean(gpu, known_gpus)
+        raise ParamError(f"unknown GPU '{gpu}'{hint}; known: {', '.join(known_gpus)}")
+    planned, warnings = {}, []
     for p, known in zip(stages, usual, strict=True):
         here = None if gpu else machines.this_machine(load.pick_dtype(p.dtype))
         machine = here or machines.GPUS[gpu.lower()]
-        made, wrong = fit.foresee(p, machine)
-        if made and (gpu or not known):
-            found[p.stage] = (made.seconds, made.memory_mb, f"plan for {machine.name}")
+        estimated, wrong = fit.foresee(p, machine)
+        if estimated and (gpu or not known):
+            planned[p.stage] = (estimated.seconds, estimated.memory_mb, f"plan for {machine.name}")
             warnings += [f"{p.stage}: {wrong}"] if wrong else []
-    return found, warnings
+    return planned, warnings
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -297,6 +286,15 @@ def _doctor(args: argparse.Namespace) -> int:
     print(Table([vars(f) | {"ok": "ok" if f.ok else "no"} for f in findings]))
     return 0 if all(f.ok for f in findings) else 1
 
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "status": _status,
+    "trace": _trace,
+    "watch": _watch,
+    "estimate": _estimate,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -76,9 +76,11 @@ def _model() -> Finding:
 
     ok = all(package.here for package in PACKAGES.values())
     return Finding(
-        "shipped models", ", ".join(p.folder for p in PACKAGES.values() if p.here) or "not fetched", ok,
+        "shipped models",
+        ", ".join(p.folder for p in PACKAGES.values() if p.here) or "not fetched",
+        ok,
         "60 to 90 run offline" if ok else "fetch them with: python -m kit.train.models.shipped",
-    )  # fmt: skip
+    )
 
 
 def _gpu() -> Finding:
@@ -94,15 +96,22 @@ def _gpu() -> Finding:
 
 def _credentials() -> Finding:
     keys = os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE")
-    found = "yes" if keys or (Path.home() / ".aws" / "credentials").exists() else "none"
+    present = "yes" if keys or (Path.home() / ".aws" / "credentials").exists() else "none"
     return Finding(
-        "AWS credentials", found, True, "s3:// lakes work" if found == "yes" else "only needed for s3://"
+        "AWS credentials", present, True, "s3:// lakes work" if present == "yes" else "only needed for s3://"
     )
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (
-    _python, _cores, _memory, _disk, _java, _model, _gpu, _credentials,
-)  # fmt: skip
+    _python,
+    _cores,
+    _memory,
+    _disk,
+    _java,
+    _model,
+    _gpu,
+    _credentials,
+)
 
 
 def examine() -> list[Finding]:

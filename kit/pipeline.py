@@ -75,16 +75,16 @@ def _content(lake: Lake, source: Input) -> str | None:
 def states(lake: Lake, values: Mapping[str, Any]) -> list[State]:
     """State of every stage of the chain, and of the side trips that were made; what comes after one that must
     run again is stale, too."""
-    found: dict[str, State] = {}
+    by_stage: dict[str, State] = {}
     for name, cls in NOTEBOOKS.items():
         now = state(lake, for_stage(cls, values))
         if name not in STAGES and now.status == "missing":
             continue
-        behind = [n for n in cls.needs if found[n].status != "done"]
+        behind = [n for n in cls.needs if by_stage[n].status != "done"]
         if now.status == "done" and behind:
             now = State(name, "stale", f"after {behind[0]}", now.manifest)
-        found[name] = now
-    return list(found.values())
+        by_stage[name] = now
+    return list(by_stage.values())
 
 
 def pick(first: str | None, last: str | None, only: str | None) -> list[str]:

@@ -72,13 +72,14 @@ class Table:
         cells = [[self.cell(row.get(c)).replace("\n", " ") for c in self.columns] for row in self.rows]
         widths = [max([len(c), *(len(row[i]) for row in cells)]) for i, c in enumerate(self.columns)]
         numeric = [all(cell_align(row.get(c)) == "right" for row in self.rows) for c in self.columns]
-        lines = [self.columns, *cells]
-        return "\n".join(
-            "  ".join(
-                x.rjust(w) if n else x.ljust(w) for x, w, n in zip(line, widths, numeric, strict=True)
-            ).rstrip()
-            for line in lines
-        )
+        lines = []
+        for line in (self.columns, *cells):
+            padded = [
+                cell.rjust(width) if is_number else cell.ljust(width)
+                for cell, width, is_number in zip(line, widths, numeric, strict=True)
+            ]
+            lines.append("  ".join(padded).rstrip())
+        return "\n".join(lines)
 
     def one_field_a_line(self) -> str:
         """For a terminal where the columns do not fit side by side: each row after an empty line, a line a field."""
@@ -157,10 +158,13 @@ def funnel(counts: Any, title: str) -> Any:
     """Where records went: kept above, then every reason for which some were lost."""
     rows = [{"why": "kept", "n": counts.records_out}]
     lost = {**counts.dropped, **{f"failed: {k}": v for k, v in counts.failed.items()}}
-    rows += [{"why": k, "n": v} for k, v in sorted(lost.items(), key=lambda x: -x[1])]
+    rows += [{"why": k, "n": v} for k, v in sorted(lost.items(), key=lambda item: -item[1])]
     ax = axes(title, "records", size=(7.2, 0.9 + 0.28 * len(rows)))
-    drawn = ax.barh([r["why"] for r in rows][::-1], [r["n"] for r in rows][::-1],
-                    color=[*[WARN] * (len(rows) - 1), ACCENT])  # fmt: skip
+    drawn = ax.barh(
+        [r["why"] for r in rows][::-1],
+        [r["n"] for r in rows][::-1],
+        color=[*[WARN] * (len(rows) - 1), ACCENT],
+    )
     ax.bar_label(drawn, padding=3, color=INK, fontsize=9)
     ax.margins(x=0.1)
     return ax
@@ -199,7 +203,8 @@ def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Trus
     takes time as the square of the words)."""
     import difflib
 
-    a, b = ([w[:200] for w in x.split()[:MOST_WORDS]] for x in (left[:100_000], right[:100_000]))
+    # hostile text: neither a megabyte nor one word of a megabyte may hold up the notebook
+    a, b = ([word[:200] for word in whole[:100_000].split()[:MOST_WORDS]] for whole in (left, right))
     sides: tuple[list[str], list[str]] = ([], [])
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         for side, words in ((0, a[a0:a1]), (1, b[b0:b1])):
@@ -216,10 +221,14 @@ def difference(left: str, right: str, names: tuple[str, str] = ("", "")) -> Trus
 
 def text_page(title: str, text: str, **facts: Any) -> TrustedHtml:
     """One text from the web, with facts about it, escaped."""
-    told = " · ".join(f"{escape(k)} <b>{escape(str(v))}</b>" for k, v in facts.items() if v not in (None, ""))
+    facts_line = " · ".join(
+        f"{escape(k)} <b>{escape(str(v))}</b>" for k, v in facts.items() if v not in (None, "")
+    )
     body = escape(text).replace("\n", "<br>")
     style = f"max-height:22em;overflow:auto;border-left:3px solid {PALE};padding-left:1em;max-width:60em"
-    return TrustedHtml(f'<b>{escape(title)}</b><br><small>{told}</small><div style="{style}">{body}</div>')
+    return TrustedHtml(
+        f'<b>{escape(title)}</b><br><small>{facts_line}</small><div style="{style}">{body}</div>'
+    )
 
 
 def explore(render: Any, **choices: Any) -> Any:

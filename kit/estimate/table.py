@@ -7,6 +7,7 @@ date and commit).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kit.estimate import reference
@@ -40,15 +41,17 @@ def estimate_stage(
     work = f"{units:,.0f} {unit}"
     known = reference.read("rates")
     rate = known["stages"][p.stage]
-    fixed, per_unit, memory_mb, source = (
-        rate["fixed_s"],
-        rate["per_unit_s"],
-        rate["memory_mb"],
-        "reference run",
-    )
+    fixed = rate["fixed_s"]
+    per_unit = rate["per_unit_s"]
+    memory_mb = rate["memory_mb"]
+    source = "reference run"
+
+    # an earlier result says something only of a run with the same model, method and settings
     if earlier and any(earlier.params.get(k) != value for k, value in deciding(p).items()):
         earlier = None
     before = earlier and planned_units(type(p)(**earlier.params), earlier.counts.records_in)[0]
+
+    # what was measured here goes before what a plan says, and that before the reference's two cores
     if earlier and before:
         fixed = min(fixed, earlier.seconds)
         per_unit, source = (earlier.seconds - fixed) / before, "this lake"
@@ -59,3 +62,15 @@ def estimate_stage(
         per_unit, source = per_unit * made_on / p.cores, f"reference run, {made_on} → {p.cores} cores"
     seconds = fixed + per_unit * units
     return Estimate(p.stage, work, round(seconds, 1), memory_mb, usd(seconds, p.usd_per_hour), source)
+
+
+def estimate_chain(stages: Sequence[Estimate], work: str) -> Estimate:
+    """All `stages`, one after the other: their seconds and dollars added up, the memory of the largest."""
+    return Estimate(
+        stage="all",
+        work=work,
+        seconds=round(sum(stage.seconds for stage in stages), 1),
+        memory_mb=max(stage.memory_mb for stage in stages),
+        usd=sum(stage.usd for stage in stages),
+        rate_from="",
+    )

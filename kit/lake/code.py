@@ -93,14 +93,14 @@ def _closure(modules: set[str]) -> set[str]:
 @functools.cache  # a module is read for every stage that reaches it
 def _kit_imports(source: str) -> set[str]:
     """Names of kit modules that `source` imports, at any depth of its code."""
-    found: set[str] = set()
+    imported: set[str] = set()
     source = re.sub(r"^[%!].*$", "", source, flags=re.MULTILINE)  # IPython magics are not Python
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
+            imported |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    return {m for m in found if m.split(".")[0] == "kit" and _module_path(m) is not None}
+            imported |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
+    return {m for m in imported if m.split(".")[0] == "kit" and _module_path(m) is not None}
 
 
 @functools.cache
@@ -116,5 +116,5 @@ def _module_path(module: str) -> Path | None:
 def environment() -> dict[str, str]:
     """Versions that a reader of a manifest will ask for; packages that are not installed are left out."""
     names = ("pyspark", "duckdb", "pyarrow", "torch", "transformers", "peft", "trl", "resiliparse")
-    found = {name: metadata.version(name) for name in names if util.find_spec(name)}
-    return {"python": platform.python_version(), "machine": platform.machine(), **found}
+    versions = {name: metadata.version(name) for name in names if util.find_spec(name)}
+    return {"python": platform.python_version(), "machine": platform.machine(), **versions}

@@ -91,8 +91,8 @@ def fingerprint(uri: str) -> str:
     fs, path = fsspec.core.url_to_fs(resolve_path(uri))
     digest = hashlib.sha256()
     try:
-        found = sorted(fs.find(path)) or [path]
-        for file in found:
+        files = sorted(fs.find(path)) or [path]
+        for file in files:
             info = fs.info(file)
             digest.update(file.removeprefix(path).encode())
             if "://" not in uri and info["size"] <= WHOLE_FILE_HASH_BYTES:

@@ -161,8 +161,8 @@ class Work:
         but: Set[str] = frozenset(),
     ) -> Work:
         """Work with these parameters, those named in `but` left out."""
-        told = [(source.uri, source.content_sha256) for source in inputs]
-        return cls({k: v for k, v in params.items() if k not in but}, told, source_sha256)
+        content_by_uri = [(source.uri, source.content_sha256) for source in inputs]
+        return cls({k: v for k, v in params.items() if k not in but}, content_by_uri, source_sha256)
 
     @property
     def key(self) -> str:
@@ -200,5 +200,5 @@ def new_manifest(
 def counts_line(counts: Counts) -> str:
     """One line that says where the records of `counts` went."""
     gone = {**counts.dropped, **counts.failed}
-    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(gone.items(), key=lambda x: -x[1]))
+    reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(gone.items(), key=lambda item: -item[1]))
     return f"{counts.records_in} in, {counts.records_out} out" + (f" ({reasons})" if reasons else "")

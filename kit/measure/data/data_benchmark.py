@@ -82,16 +82,19 @@ def _run(row: Row, p: BenchmarkData, work: Path) -> Measured:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         arguments = {k: folder if v == "{work}" else v for k, v in row.arguments.items()}
         jobs = near_jobs if row.group == NEAR_DEDUP else data_jobs
-        found = process_tree.measure_tree(f"{jobs.__name__}:{row.job}", arguments, python)
-    if row.peer and found.error and found.error.startswith("ModuleNotFoundError"):
+        measurement = process_tree.measure_tree(f"{jobs.__name__}:{row.job}", arguments, python)
+    if row.peer and measurement.error and measurement.error.startswith("ModuleNotFoundError"):
         return Measured(error=NOT_INSTALLED)
-    return found
+    return measurement
 
 
 def _times(row: Row, base: Row, of: int) -> float | None:
     """How many times the wall (`of` 0) or CPU (1) seconds of `row` does `base` take: median of the rounds' ratios."""
-    pairs = [(a.span("start", "end"), b.span("start", "end")) for a, b in zip(row.runs, base.runs, strict=True)
-             if not a.error and not b.error]  # fmt: skip
+    pairs = [
+        (a.span("start", "end"), b.span("start", "end"))
+        for a, b in zip(row.runs, base.runs, strict=True)
+        if not a.error and not b.error
+    ]
     return median(b[of] / a[of] for a, b in pairs) if pairs else None
 
 
@@ -132,13 +135,13 @@ def spark_against_loop(rows: Sequence[Row]) -> dict[str, Any]:
     largest Python worker (`…_of_a_twentieth` of the pages), `same_bytes` whether both made the same documents.
     """
     group = "spark" if any(r.group == "spark" for r in rows) else "whole way"
-    found = {r.name.rpartition(", ")[2]: r for r in rows if r.group == group and r.job == "kit_way"}
-    loop = found["plain loop"]
-    engine = next(r for name, r in found.items() if name.startswith("Spark on"))
+    rows_by_engine = {r.name.rpartition(", ")[2]: r for r in rows if r.group == group and r.job == "kit_way"}
+    loop = rows_by_engine["plain loop"]
+    engine = next(r for name, r in rows_by_engine.items() if name.startswith("Spark on"))
     if not _times(engine, loop, 1):
         return {}
     good = [r for r in (*loop.runs, *engine.runs) if not r.error]
-    few = found.get("a twentieth of it")
+    few = rows_by_engine.get("a twentieth of it")
     return {
         "pages": loop.read,
         "cpu_overhead": 1 / _times(engine, loop, 1) - 1,
@@ -158,12 +161,12 @@ def quality(rows: Sequence[Row], path: str, record_ids: set[str]) -> list[dict[s
 
     lines = Path(resolve_path(path)).read_text(encoding="utf-8").splitlines()
     gold = [g for g in map(json.loads, lines) if g["record_id"] in record_ids]
-    found = []
+    score_rows = []
     for row in (r for r in rows if gold and r.group == "extractor" and not r.runs[-1].error):
         texts = json.loads(Path(row.arguments["texts"]).read_text(encoding="utf-8"))
         scores = score_texts([texts[g["record_id"]] for g in gold], gold)
-        found.append({"extractor": row.name, **scores, "note": TRAINED if row.name == "auto" else ""})
-    return found
+        score_rows.append({"extractor": row.name, **scores, "note": TRAINED if row.name == "auto" else ""})
+    return score_rows
 
 
 def extrapolate(units: float, per_core_s: float, p: BenchmarkData) -> dict[str, float]:

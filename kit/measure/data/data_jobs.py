@@ -31,23 +31,30 @@ def extract_pages(archive: str, spots: list[list[Any]], extractor: str, texts: s
         members = [(f.seek(offset), f.read(length))[1] for _, offset, length in spots]
     pages = [parse_page(gzip.decompress(m), 1 << 30) for m in members]
     EXTRACTORS[extractor](Html("<p>what is loaded at the first page is no part of a page's time</p>"))
-    found = {}
+    text_by_record = {}
     gc.disable()
     mark("start")
     for (record_id, *_), page in zip(spots, pages, strict=True):
         try:
             html = Html(decode(page.payload, page.charset)[0].replace("\x00", ""))
-            found[record_id] = EXTRACTORS[extractor](html)
+            text_by_record[record_id] = EXTRACTORS[extractor](html)
         except Exception:  # a page that breaks a parser scores as a page without text
-            found[record_id] = ""
+            text_by_record[record_id] = ""
     mark("end")
-    Path(texts).write_text(json.dumps(found), encoding="utf-8")
-    return {"units": len(found), "kept": sum(bool(t.strip()) for t in found.values())}
+    Path(texts).write_text(json.dumps(text_by_record), encoding="utf-8")
+    return {"units": len(text_by_record), "kept": sum(bool(t.strip()) for t in text_by_record.values())}
 
 
 def kit_way(
-    archive: str, lake: str, max_pages: int, cores: int, part_mb: float, extractor: str, mask_pii: bool, index_first: bool
-) -> dict[str, Any]:  # fmt: skip
+    archive: str,
+    lake: str,
+    max_pages: int,
+    cores: int,
+    part_mb: float,
+    extractor: str,
+    mask_pii: bool,
+    index_first: bool,
+) -> dict[str, Any]:
     """Stages 10, 20 and 30 over an archive, on Spark (`cores` > 0) or with a plain loop in Spark's place (0).
 
     The stages are the same to the byte; only `run_tasks` differs. `index_first` leaves stage 10 out of the clock.
@@ -72,13 +79,13 @@ def kit_way(
     common |= {"cores": cores, "part_mb": part_mb}
     extract.extract_text(ExtractText(extractor=extractor, **common), to)
     mark("extract")
-    made = refine.refine_documents(RefineText(mask_pii=mask_pii, features=[], **common), to)
+    refined = refine.refine_documents(RefineText(mask_pii=mask_pii, features=[], **common), to)
     mark("refine")
     mark("end")
     pages = to.need("benchmark", "10_explore_index").counts.records_out
     if not cores and spark.SparkSession.getActiveSession():
         raise RuntimeError("the plain loop started Spark")
-    return {"units": pages, "kept": made.counts.records_out, "content": made.content_sha256}
+    return {"units": pages, "kept": refined.counts.records_out, "content": refined.content_sha256}
 
 
 def _load(extractor: str) -> dict[str, int]:
@@ -149,7 +156,8 @@ def kit_filters(texts: str) -> dict[str, int]:
     ]
     refine_rows([bare | {"text": kit_filters.__doc__}], p)
     mark("start")
-    kept = sum(row["drop_reason"] is None for i in range(0, len(documents), 64) for row in refine_rows(documents[i : i + 64], p))  # fmt: skip
+    batches = (documents[start : start + 64] for start in range(0, len(documents), 64))
+    kept = sum(row["drop_reason"] is None for batch in batches for row in refine_rows(batch, p))
     mark("end")
     return {"units": len(documents), "kept": kept}
 
@@ -173,12 +181,12 @@ def datatrove_filters(texts: str, lid_model: str) -> dict[str, int]:
         document = Document(text=text, id="", metadata={})
         return all(step.filter(document) is True for step in steps)
 
-    found = [t for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t]
+    page_texts = [t for t in json.loads(Path(texts).read_text(encoding="utf-8")).values() if t]
     passes(datatrove_filters.__doc__)
     mark("start")
-    kept = sum(map(passes, found))
+    kept = sum(map(passes, page_texts))
     mark("end")
-    return {"units": len(found), "kept": kept}
+    return {"units": len(page_texts), "kept": kept}
 
 
 def count_languages(files: list[str], engine: str, cores: int) -> dict[str, int]:

@@ -65,9 +65,9 @@ def near_kit(corpus: str, lake: str, cores: int) -> dict[str, int]:
     spark.run_tasks(Cores(cores=cores), _load, [(1, 0)] * 2 * cores, "start", "tasks")
     p = Deduplicate(run="benchmark", lake=lake, cores=cores, survivor="longest", boilerplate_pages=0)
     mark("start")
-    made = dedup.deduplicate(p, to)
+    deduplicated = dedup.deduplicate(p, to)
     mark("end")
-    return {"units": n, "kept": made.counts.records_out}
+    return {"units": n, "kept": deduplicated.counts.records_out}
 
 
 def _load(_: int) -> dict[str, int]:
@@ -87,7 +87,9 @@ def near_datatrove(corpus: str, work: str) -> dict[str, int]:
 
     # it hands over text, and from its version 4 on xxhash takes bytes only
     digest = xxhash.xxh64_intdigest
-    xxhash.xxh64_intdigest = lambda x, *seed: digest(x.encode() if isinstance(x, str) else x, *seed)
+    xxhash.xxh64_intdigest = lambda value, *seed: digest(
+        value.encode() if isinstance(value, str) else value, *seed
+    )
     read = ParquetReader(str(Path(corpus).parent), glob_pattern=Path(corpus).name, recursive=False)
     stages = (
         ([read, dedup.MinhashDedupSignature(f"{work}/s")], 1),
@@ -139,7 +141,7 @@ def near_textdedup(corpus: str, work: str) -> dict[str, int]:
         "output": f"{work}/out",
     }
     options = data | same | {"cache_dir": f"{work}/cache"}
-    words = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     mark("start")
     subprocess.run(
         [sys.executable, "-m", "text_dedup.minhash", *words], check=True, capture_output=True, cwd=work

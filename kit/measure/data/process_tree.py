@@ -55,8 +55,13 @@ def measure_tree(function: str, arguments: dict[str, Any], python: str = sys.exe
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         child = subprocess.Popen(
             [python, "-c", code, json.dumps(arguments)],
-            stdout=subprocess.PIPE, stderr=errors, env=env, cwd=ROOT, text=True, start_new_session=True,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=env,
+            cwd=ROOT,
+            text=True,
+            start_new_session=True,
+        )
         tree = process.Tree(child.pid)
         try:
             with process.watching(tree.sample, INTERVAL_S):

@@ -26,9 +26,14 @@ def score_texts(texts: list[str], golds: list[dict[str, Any]]) -> dict[str, floa
         for kind in ("with", "without"):
             for snippet in gold.get(kind) or ():
                 counts[kind, re.sub(r"\s+", " ", snippet) in joined] += 1
-    found = counts["with", True]
-    p, r = _ratio(found, found + counts["without", True]), _ratio(found, found + counts["with", False])
-    mean = [sum(x) / max(1, len(full)) for x in zip(*((p, r, _f1(p, r)) for p, r in full))] or [0.0] * 3
+    snippets_kept = counts["with", True]
+    p, r = (
+        _ratio(snippets_kept, snippets_kept + counts["without", True]),
+        _ratio(snippets_kept, snippets_kept + counts["with", False]),
+    )
+    mean = [sum(column) / max(1, len(full)) for column in zip(*((p, r, _f1(p, r)) for p, r in full))] or [
+        0.0
+    ] * 3
     names = ("word P", "word R", "word F1", "snippet P", "snippet R", "snippet F")
     return {"pages": len(full)} | dict(zip(names, (*mean, p, r, _f1(p, r))))
 

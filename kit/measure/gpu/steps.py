@@ -113,10 +113,10 @@ def backward(
     A chunk's gradient is taken at once, so that no logits are computed twice, as checkpointed ones would be.
     """
     leaf, total = hidden.detach().requires_grad_(), torch.zeros((), device=hidden.device)
-    for at in range(0, len(labels), chunk or len(labels)):
-        end = at + (chunk or len(labels))
+    for start in range(0, len(labels), chunk or len(labels)):
+        end = start + (chunk or len(labels))
         with cast:
-            loss = piece(leaf[at:end], weight, labels[at:end]) / (labels != IGNORED).sum()
+            loss = piece(leaf[start:end], weight, labels[start:end]) / (labels != IGNORED).sum()
         loss.backward()
         total += loss.detach()
     hidden.backward(leaf.grad)
@@ -162,7 +162,7 @@ def run_steps(
 ) -> tuple[list[tuple[float, float]], float]:
     """Seconds of each step, and of its forward and backward passes alone; and the last loss."""
     full_or_wide = case.method == "full" or case.adapters == "float32"
-    made = {"adapter_inputs": "autocast", "autocast": full_or_wide, "compile": case.compile}
+    prepared_settings = {"adapter_inputs": "autocast", "autocast": full_or_wide, "compile": case.compile}
     piece = torch.compile(loss_sum) if case.compile else loss_sum
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=case.fused)
     cast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=full_or_wide)
@@ -175,7 +175,7 @@ def run_steps(
         ends = torch.arange(0, ids.numel() + 1, size, device=DEVICE, dtype=torch.int32)
         batch |= {"cu_seq_lens_q": ends, "max_length_q": size}
     kernels = sdpa_kernel(KERNELS[case.attention != "cudnn" :], set_priority=True)
-    with kernels, settings.prepared(tuned, made):
+    with kernels, settings.prepared(tuned, prepared_settings):
         for _ in range(case.warm + case.steps):
             began = sync()
             with cast:

@@ -123,14 +123,14 @@ class Suite:
         """Measure a case; where it does not fit, once more with checkpointed activations."""
         note, peak = {}, self.sheet or self.measured
         try:
-            found = steps.measure_case(case, peak)
+            row = steps.measure_case(case, peak)
         except torch.OutOfMemoryError:
-            found = None  # and on outside of the handler, whose traceback holds the tensors
-        if found is None:
+            row = None  # and on outside of the handler, whose traceback holds the tensors
+        if row is None:
             free()
             case = replace(case, checkpointing=True)
-            found, note = steps.measure_case(case, peak), {"note": "does not fit without checkpointing"}
-        return asdict(case) | found | {"mfu_of_measured_peak": found["mfu"] * peak / self.measured} | note
+            row, note = steps.measure_case(case, peak), {"note": "does not fit without checkpointing"}
+        return asdict(case) | row | {"mfu_of_measured_peak": row["mfu"] * peak / self.measured} | note
 
     def machine(self) -> dict[str, Any]:
         """Peaks of matmuls of random data, and of a copy in device memory, bytes read and written."""
@@ -148,12 +148,12 @@ class Suite:
         return {"flops_per_s": peaks, "copy_bytes_per_s": rate, "memory_bytes": self.memory}
 
 
-def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the rows say together. LoRA's speed over full tuning's: FLOPs × optimizer × rest; and with all memory used.
 
     Memory of full tuning is computed: 16 bytes a weight (float32 weights, gradients, AdamW), without activations.
     """
-    rate: dict[str, float] = {k: row["tokens_per_s"] for k, row in found.items() if "tokens_per_s" in row}
+    rate: dict[str, float] = {k: row["tokens_per_s"] for k, row in rows.items() if "tokens_per_s" in row}
     pairs = {"qlora_over_lora": ("qlora_8b", "lora_8b"), "lora_over_full": ("lora_1b", "full_1b")}
     pairs |= {
         "kit_over_stock": ("trl_kit", "trl_stock"),
@@ -162,17 +162,17 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     pairs |= {"lora_over_full_all_memory": ("lora_1b_most", "full_1b_most")}
     pairs |= {f"gain_of_{k.removeprefix('trl_kit_stock_')}": ("trl_kit", k) for k in rate if "_stock_" in k}
     out = {k: rate[a] / rate[b] for k, (a, b) in pairs.items() if a in rate and b in rate}
-    if "lora_8b" in found:
+    if "lora_8b" in rows:
         out["lora_over_published"] = rate["lora_8b"] / PUBLISHED
-    if {"lora_8b", "lora_8b_eager"} <= found.keys():  # compiled and by another kernel: the same arithmetic
-        out["lora_compiled_loss_less_eager_loss"] = found["lora_8b"]["loss"] - found["lora_8b_eager"]["loss"]
-    if "qlora_8b" in found:
-        one = found["qlora_8b"]
+    if {"lora_8b", "lora_8b_eager"} <= rows.keys():  # compiled and by another kernel: the same arithmetic
+        out["lora_compiled_loss_less_eager_loss"] = rows["lora_8b"]["loss"] - rows["lora_8b_eager"]["loss"]
+    if "qlora_8b" in rows:
+        one = rows["qlora_8b"]
         out["qlora_memory_below_full_computed"] = 1 - one["peak_bytes"] / (16 * one["parameters"])
     if "kit_over_stock" in out:
-        out["kit_loss_less_stock_loss"] = found["trl_kit"]["loss_after"] - found["trl_stock"]["loss_after"]
+        out["kit_loss_less_stock_loss"] = rows["trl_kit"]["loss_after"] - rows["trl_stock"]["loss_after"]
     if "lora_over_full" in out:
-        full, lora = found["full_1b"], found["lora_1b"]
+        full, lora = rows["full_1b"], rows["lora_1b"]
         passes = [1 - row["optimizer_seconds"] / row["step_seconds"] for row in (full, lora)]
         flops, optimizer = full["flops_per_token"] / lora["flops_per_token"], passes[1] / passes[0]
         rest = out["lora_over_full"] / flops / optimizer

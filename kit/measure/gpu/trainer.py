@@ -23,26 +23,26 @@ PAD = 0
 
 
 def epoch(
-    sizes: dict[str, Any], made: dict[str, Any], length: int, documents: int, warm: int
+    sizes: dict[str, Any], chosen: dict[str, Any], length: int, documents: int, warm: int
 ) -> dict[str, Any]:
     """Tokens/s without padding of one epoch of LoRA, after `warm` steps, and the mean loss then of the first 16 rows.
 
     Lengths are drawn log-normally, a quarter of `length` at most, which is as long as TRL leaves rows. What does not
     fill a batch is left out, as other shapes would be compiled anew.
     """
-    model, draw = make_model(sizes, made["weights"]), torch.Generator().manual_seed(0)
+    model, draw = make_model(sizes, chosen["weights"]), torch.Generator().manual_seed(0)
     lengths = (
         torch.empty(documents).log_normal_(5.6, 0.7, generator=draw).clamp(8, length // 4).int().tolist()
     )
     rows = [torch.randint(2, model.config.vocab_size, (n,), generator=draw).tolist() for n in lengths]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = suite_trainer(model, made, rows, length, folder)
-        model.set_attn_implementation(made["attention"])
-        with settings.prepared(trainer.model, made):
+        trainer = suite_trainer(model, chosen, rows, length, folder)
+        model.set_attn_implementation(chosen["attention"])
+        with settings.prepared(trainer.model, chosen):
             trainer.train()
     times = [*trainer.times, (sync(), 0)]
     return {
-        "settings": made,
+        "settings": chosen,
         "tokens_per_s": sum(n for _, n in times[warm:]) / (times[-1][0] - times[warm][0]),
         "steps": len(times) - 1,
         "loss_after": mean_loss(model, rows[:16]),
@@ -60,16 +60,16 @@ class Timed(trl.SFTTrainer):
 
 
 def suite_trainer(
-    model: torch.nn.Module, made: dict[str, Any], rows: list[list[int]], length: int, folder: str
+    model: torch.nn.Module, chosen: dict[str, Any], rows: list[list[int]], length: int, folder: str
 ) -> Timed:
     """The trainer; whatever is not in `made` is as TRL has it, but for files, logs, and the last batch."""
     datasets.disable_progress_bars()
     data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
-    asked = settings.arguments(made | ({} if GPU else {"autocast": False}))
+    asked = settings.arguments(chosen | ({} if GPU else {"autocast": False}))
     known = trl.SFTConfig.__dataclass_fields__
     if "activation_checkpointing" not in known:  # transformers before it took this name
         asked["gradient_checkpointing"] = asked.pop("activation_checkpointing")
-    if made["packing"]:
+    if chosen["packing"]:
         data = trl.pack_dataset(data, length, strategy="bfd")
         asked |= {
             "per_device_train_batch_size": ROWS_A_STEP,
@@ -88,7 +88,7 @@ def suite_trainer(
     return Timed(
         model,
         trl.SFTConfig(folder, use_cpu=not GPU, **quiet, **asked),
-        data_collator=packed if made["packing"] else None,
+        data_collator=packed if chosen["packing"] else None,
         train_dataset=data,
         processing_class=PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"

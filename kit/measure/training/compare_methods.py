@@ -126,8 +126,8 @@ def _safely(work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
         MemoryError,
         ImportError,
     ) as error:  # torch's want of memory is a RuntimeError
-        said = (str(error).strip().splitlines() or [""])[0]
-        return {"error": f"{type(error).__name__}: {said}"[:200]}
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return {"error": f"{type(error).__name__}: {first_line}"[:200]}
 
 
 def encoded(p: FinetuneSft, lake_uri: str) -> tuple[Any, Rows, Rows]:
@@ -149,41 +149,41 @@ def method_row(p: FinetuneSft, lake_uri: str, usd_per_hour: float) -> dict[str, 
     `parameters` are counts; what ran in words.
     """
     with tempfile.TemporaryDirectory(prefix="kit-compare-") as temp:
-        m = fit_rows(p, *encoded(p, lake_uri), Path(temp)).metrics
-    ran = m["what_ran"]
+        metrics = fit_rows(p, *encoded(p, lake_uri), Path(temp)).metrics
+    ran = metrics["what_ran"]
     return {
         "error": "",
         "method": p.method,
-        "trainable": m["trainable"],
+        "trainable": metrics["trainable"],
         "parameters": ran["parameters"],
-        "samples_per_s": m["samples_per_s"],
-        "tokens_per_s": m["tokens_per_s"],
-        "peak_memory_mb": m["peak_rss_mb"],
+        "samples_per_s": metrics["samples_per_s"],
+        "tokens_per_s": metrics["tokens_per_s"],
+        "peak_memory_mb": metrics["peak_rss_mb"],
         "weights_mb": ran["weights_mb"],
-        "minutes": m["train_seconds"] / 60,
-        "usd": usd(m["train_seconds"], usd_per_hour),
-        "heldout_before": m["heldout_before"],
-        "heldout_after": m["heldout_after"],
-        "mfu": m["mfu"],
-        "hfu": m["hardware_flops"] / m["train_seconds"] / m["peak_flops_per_s"],
+        "minutes": metrics["train_seconds"] / 60,
+        "usd": usd(metrics["train_seconds"], usd_per_hour),
+        "heldout_before": metrics["heldout_before"],
+        "heldout_after": metrics["heldout_after"],
+        "mfu": metrics["mfu"],
+        "hfu": metrics["hardware_flops"] / metrics["train_seconds"] / metrics["peak_flops_per_s"],
         "base": ran["base"],
         "computes_in": ran["computes_in"],
         "device": ran["device"],
-        "steps": len(m["losses"]),
+        "steps": len(metrics["losses"]),
     }
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the references claim beside what this table says; a row that did not run says so."""
-    found = {r["name"]: r for r in rows if not r["error"]}
-    made = []
+    rows_by_name = {r["name"]: r for r in rows if not r["error"]}
+    claim_rows = []
     for what, claimed, ours, base, column, saving in CLAIMS:
         measured = "not measured"
-        if ours in found and base in found and found[base][column]:
-            ratio = found[ours][column] / found[base][column]
+        if ours in rows_by_name and base in rows_by_name and rows_by_name[base][column]:
+            ratio = rows_by_name[ours][column] / rows_by_name[base][column]
             measured = f"{ratio - 1:+.0%}".replace("-", "−") if saving else f"{ratio:.3g}×"
-        made.append({"claim": what, "reference": claimed, "here": measured})
-    return made
+        claim_rows.append({"claim": what, "reference": claimed, "here": measured})
+    return claim_rows
 
 
 GPU_CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
@@ -199,13 +199,15 @@ def gpu_name() -> str:
 
 def gpu_rows() -> list[dict[str, Any]]:
     """The cases that want a GPU: measured in a reference run that ships, or the command that measures them."""
-    made = reference.read("gpu_methods") if reference.recorded("gpu_methods") else {"rows": []}
+    recorded = reference.read("gpu_methods") if reference.recorded("gpu_methods") else {"rows": []}
     rows = []
     for name, way, published in GPU_CASES:
-        found = {r["name"]: r for r in made["rows"]}.get(way["method"])
+        row = {r["name"]: r for r in recorded["rows"]}.get(way["method"])
         words = "not measured: no GPU was at hand"
-        if found:
-            words = f"{found['tokens_per_s']:,.0f} tokens/s, MFU {found['mfu']:.1%}, {found['peak_memory_mb']:,.0f} MB"
+        if row:
+            words = (
+                f"{row['tokens_per_s']:,.0f} tokens/s, MFU {row['mfu']:.1%}, {row['peak_memory_mb']:,.0f} MB"
+            )
         rows.append({"case": name, "published": published, "here": words, "command": GPU_COMMAND})
     return rows
 

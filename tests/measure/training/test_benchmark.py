@@ -5,8 +5,9 @@ from support import tiny_model
 
 from kit import params
 from kit.errors import ParamError
-from kit.measure.training import benchmark
-from kit.measure.training.benchmark import benchmark_training, cells
+from kit.measure.training import grid
+from kit.measure.training.benchmark import benchmark_training
+from kit.measure.training.grid import cells
 from kit.train.loop.meter import PARTS
 from kit.train.models.methods import METHODS
 from kit.train.plan import settings
@@ -118,8 +119,8 @@ def test_a_value_that_cannot_be_is_refused_before_anything_runs(lake):
 
 
 def test_spread_is_the_interquartile_range_over_the_median():
-    assert benchmark.spread([5.0]) == 0
-    assert benchmark.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
+    assert grid.spread([5.0]) == 0
+    assert grid.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
 
 
 def test_gains_are_of_cells_that_train_the_same():
@@ -128,7 +129,7 @@ def test_gains_are_of_cells_that_train_the_same():
 
     wanted = cells(["kit", "stock", "method=full", "attention=eager", "packing=false max_tokens=64"])
     rows = [row(c.name, s) for c, s in zip(wanted, (300.0, 150.0, 100.0, 200.0, 50.0), strict=True)]
-    found = {g["without"]: g["speed"] for g in benchmark.gains(rows, wanted)}
-    assert found == {"stock": 2.0, "attention=eager": 1.5}
+    speeds = {g["without"]: g["speed"] for g in grid.gains(rows, wanted)}
+    assert speeds == {"stock": 2.0, "attention=eager": 1.5}
     rows[0]["error"] = "no memory"
-    assert benchmark.gains(rows, wanted) == []
+    assert grid.gains(rows, wanted) == []
