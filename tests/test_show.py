@@ -5,7 +5,6 @@ import pytest
 
 from kit import show
 from kit.lake.manifest import Counts
-from kit.progress import PROGRESS_FILE, progress
 
 matplotlib.use("Agg")
 EVIL = "<script>alert(1)</script>\u202eevil\x1b[31m"
@@ -48,16 +47,6 @@ def test_an_empty_table_is_shown():
 def test_differences_are_marked_on_both_sides():
     markup = show.difference("a b c", "a x c")._repr_html_()
     assert ">b</mark>" in markup and ">x</mark>" in markup and ">a</mark>" not in markup
-
-
-def test_progress_says_how_far_and_how_long(monkeypatch, tmp_path):
-    path = tmp_path / "progress"
-    monkeypatch.setenv(PROGRESS_FILE, str(path))
-    with progress(4, "extract", "pages") as bar:
-        bar.update(2)
-        assert "2/4 pages" in bar.line() and "s left" in bar.line()
-        bar.note("loss 2.1")
-    assert path.read_text().startswith("extract 2/4 pages") and "loss 2.1" in path.read_text()
 
 
 def test_a_widget_follows_its_controls():
