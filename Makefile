@@ -24,7 +24,7 @@ demo: install  ## the newcomer's run: the whole chain on the sample crawl
 	$(BIN)/kit run params/demo.yaml
 
 # two processes, of which one starts Spark; the smoke chain and every notebook are among the tests
-PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations 30
 
 test: install  ## lint, unit tests, every notebook, the smoke chain
 	$(MAKE) lint
