@@ -44,6 +44,7 @@ class Metered:
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass, timed; what a trainer does before it (generation, say) makes its data."""
+        # GRPO and RLOO write their completions between the start of the step and this call
         self.spent("data_seconds", self.pass_began)
         began = self.clock()
         loss = super().compute_loss(*args, **kwargs)
@@ -64,14 +65,17 @@ class Metered:
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any) -> torch.Tensor:
         """One forward and backward pass, metered: its texts and tokens, real ones and padded ones, its FLOPs."""
+        # counted before the pass, which may take things out of `inputs`
         counted = metered(self.counted, *batch_sizes(inputs), self.args.activation_checkpointing)
         self.pass_began = self.clock()
         loss = super().training_step(model, inputs, *args)
+        # the optimizer has not stepped yet: the last checkpoint and the weights are still good
         if not torch.isfinite(loss):
             raise ModelError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the learning rate"
             )
         self.pass_began = self.spent("backward_seconds", self.pass_began)
+        # with accumulation a step is several passes: add them up
         for key, value in counted.items():
             self.step_now[key] = self.step_now.get(key, 0) + value
         return loss
@@ -101,9 +105,11 @@ MASKS = {"attention_mask", "chosen_attention_mask", "rejected_attention_mask"}
 
 def batch_sizes(inputs: dict[str, Any]) -> tuple[list[int], int]:
     """Lengths in tokens of a batch's texts, padded or packed, and its positions with padding; a pair is two texts."""
+    # only packed rows bring positions: they begin at 0 again where a document begins
     if "position_ids" in inputs:
         lengths, positions = packed_lengths(inputs["position_ids"]), inputs["input_ids"].numel()
     else:
+        # a preference batch holds chosen and rejected texts under masks of their own
         masks = [v for k, v in inputs.items() if k in MASKS]
         lengths = torch.cat([mask.sum(dim=1) for mask in masks])
         positions = sum(mask.numel() for mask in masks)
@@ -128,15 +134,16 @@ def metered(flops: ModelFlops, lengths: list[int], positions: int, recomputed: b
 class Live(TrainerCallback):
     """Shows each step, keeps its log, and says which checkpoints are whole."""
 
-    def __init__(self, trainer: Any, bar: Progress, peak: float) -> None:
-        self.trainer, self.bar, self.peak = trainer, bar, peak
+    def __init__(self, trainer: Any, bar: Progress, peak: float, planned_seconds: float = 0.0) -> None:
+        self.trainer, self.bar, self.peak, self.planned_seconds = trainer, bar, peak, planned_seconds
         self.log = Path(trainer.args.output_dir) / LOG
         self.seen = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock."""
+        """Start the clock: loading, planning and steps of a killed run are no part of the time left."""
         self.began = time.perf_counter()
-        self.bar.update(state.global_step)
+        still_to_do = 1 - state.global_step / args.max_steps
+        self.bar.begin(state.global_step, self.planned_seconds * still_to_do)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are clipped and weights updated."""
@@ -146,8 +153,11 @@ class Live(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kw: Any
     ) -> None:
         """Close the step: count, show, and append it to the log on disk."""
+        # the last log of a run holds totals and no step's loss
         if not logs or "loss" not in logs:
             return
+
+        # the step ends where the next begins, so that all steps add up to the wall clock
         now = time.perf_counter()
         step = self.trainer.step_now
         step["seconds"], self.began = now - self.began, now
@@ -156,10 +166,11 @@ class Live(TrainerCallback):
         step["idle_seconds"] = step["seconds"] - sum(step[f"{part}_seconds"] for part in PARTS)
         step["mfu"] = step["flops"] / step["seconds"] / self.peak
         step["memory_mb"] = round(memory_mb(), 1)
-        with contextlib.suppress(
-            ImportError, RuntimeError
-        ):  # no driver that tells, or not its Python package
+        # not every driver tells its power, and its Python package (nvidia-ml-py) may be missing
+        with contextlib.suppress(ImportError, RuntimeError):
             step |= {"watts": torch.cuda.power_draw() / 1000} if torch.cuda.is_available() else {}
+
+        # the log on disk goes before the next step: a run killed now can be metered as a whole later
         self.trainer.meter.append(dict(step))
         step.clear()
         entry = {"step": state.global_step, **logs, **self.trainer.meter[-1]}
@@ -175,6 +186,7 @@ class Live(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A checkpoint is written."""
+        # the trainer calls this after its last file: a checkpoint without the mark was cut off by a kill or a full disk
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
 
 
@@ -188,6 +200,7 @@ def memory_mb() -> float:
 def resume_meter(folder: Path, step: int) -> list[dict[str, Any]]:
     """What the log on disk says of the steps up to `step`; later ones, which are not in the checkpoint, go."""
     path = folder / LOG
+    # step 0 begins anew: what another try left there is no part of this run
     lines = path.read_text(encoding="utf-8").splitlines() if step and path.exists() else []
     kept = [e for e in map(json.loads, lines) if e["step"] <= step]
     path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
@@ -196,6 +209,7 @@ def resume_meter(folder: Path, step: int) -> list[dict[str, Any]]:
 
 def steps_table(trainer: Any) -> pa.Table:
     """The log: one row a step, with whatever numbers TRL logged and the meter counted."""
+    # the trainer's own history comes back with a checkpoint, as the meter does: both have every step
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     rows = [
         {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import shutil
 import tempfile
 import warnings
@@ -21,6 +19,7 @@ from kit import ROOT
 from kit.errors import ModelError
 from kit.lake.code import code_identity
 from kit.lake.files import no_space
+from kit.lake.manifest import Work
 from kit.lake.store import Lake, StageWriter
 from kit.progress import progress
 from kit.train.loop.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
@@ -41,33 +40,41 @@ def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
         if not keep:
             yield Path(temp)
             return
-        content = [(i.uri, i.content_sha256) for i in out.inputs]
         code = code_identity(out.p.stage)["source_sha256"]
-        key = hashlib.sha256(json.dumps([out.p.identity(), content, code]).encode()).hexdigest()[:12]
+        key = Work.of(out.p.identity(), out.inputs, code).key[:12]
+        # checkpoints are written in place and read back at once, which an object store does not do: they stay here
         base = Path(lake.root) if lake.uri == lake.root else ROOT / ".cache" / "work"
         folder = base / "models" / out.p.run / "_work" / f"{out.p.stage}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
-        for old in folder.parent.glob(f"{out.p.stage}-*"):  # of other parameters or code, too
+        # after an error this line is not reached, so a killed run keeps its folder; those of other parameters or
+        # code go, too: nothing will ask for them again once this stage is committed
+        for old in folder.parent.glob(f"{out.p.stage}-*"):
             shutil.rmtree(old)
 
 
-def run_training(trainer: Any, label: str) -> dict[str, Any]:
+def run_training(trainer: Any, label: str, planned_seconds: float = 0.0) -> dict[str, Any]:
     """Train, from the last whole checkpoint in the trainer's folder where there is one.
 
-    Returns losses, tokens, seconds, tokens/s, peak memory, FLOPs per token and what really ran; of a run that
+    `planned_seconds` of the whole training are shown as the time left until a step is done. Returns losses, tokens, seconds, tokens/s, peak memory, FLOPs per token and what really ran; of a run that
     was killed and went on, all steps. Raises `ModelError` when a loss is not finite or the disk is full: the last
     whole checkpoint stays.
     """
+    # where it goes on
     folder = Path(trainer.args.output_dir)
     last = last_checkpoint(folder)
     done = int(last.name.rpartition("-")[2]) if last else 0
+
+    # what the meter needs: the log of the steps before, and FLOPs of the model as it stands now, adapters included
     trainer.step_now = {}
     trainer.meter = resume_meter(folder, done)
     trainer.counted = model_flops(trainer.model)
+    # MFU compares with the peak of the type that really computes, which autocast may have changed
     peak_rate = machine_peak(ran_in(trainer))
     if done:
         print(f"{label}: goes on after step {done} of {trainer.args.max_steps}, from {last.name}")
+
+    # a model from scratch has no recipe: TRL's own settings hold
     recipe = getattr(trainer.model, "recipe", None) or settings.STOCK
     with (
         quiet(recipe["loss_tile"]),
@@ -75,9 +82,10 @@ def run_training(trainer: Any, label: str) -> dict[str, Any]:
         progress(trainer.args.max_steps, label, "steps") as bar,
         peak_memory() as peak,
     ):
-        trainer.add_callback(Live(trainer, bar, peak_rate))
+        trainer.add_callback(Live(trainer, bar, peak_rate, planned_seconds))
         try:
             trainer.train(resume_from_checkpoint=str(last) if last else None)
+        # a full disk shows as any of the three, depending on who was writing (Python, safetensors, torch)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not no_space(error):
                 raise
@@ -100,6 +108,7 @@ def meter_totals(trainer: Any, peak_rate: float) -> dict[str, Any]:
     """What the meter of a training adds up to, over all its steps; `peak_rate`: FLOP/s that the machine can reach."""
     total = {key: sum(step[key] for step in trainer.meter) for key in SUMMED}
     seconds = sum(step["seconds"] for step in trainer.meter)
+    # rates are totals over totals, not means of rates: a short step must not count as much as a long one
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         **total,
@@ -162,12 +171,15 @@ def quiet(loss_tile: int = 0) -> Iterator[None]:
     """Keep the libraries' bars and prints out of notebooks; set the tile of TRL's loss, in vocabulary entries."""
     from transformers import trainer as hf_trainer
 
+    # module-level settings of other libraries: put back at the end, as a notebook goes on using them
     tile = trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
     shown = hf_trainer.PrinterCallback.on_log
     datasets.disable_progress_bars()
+    # TRL's tile suits a GPU's cache; a CPU is faster with another (see `settings.CPU_TILE`)
     trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE = loss_tile or (
         tile if torch.cuda.is_available() else settings.CPU_TILE
     )
+    # it would print a dictionary a step into the notebook, under the line that `Live` keeps up to date
     hf_trainer.PrinterCallback.on_log = lambda *args, **kwargs: None
     try:
         with warnings.catch_warnings():

@@ -99,7 +99,7 @@ def fit_rows(
     model = setup.model()
     before, _ = perplexity(model, tokenizer, heldout.rows)
     trainer = sft_trainer(setup, model, tokenizer, rows, folder)
-    ran = run_training(trainer, f"sft {setup.method}")
+    ran = run_training(trainer, f"sft {setup.method}", needed.seconds)
     after, scored = perplexity(trainer.model, tokenizer, heldout.rows)
     rows_a_step = setup.fit.step_rows * len(train.rows) / len(rows)
     metrics = {
