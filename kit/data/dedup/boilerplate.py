@@ -38,12 +38,17 @@ def count_lines(pages: Iterable[Page], gone: set[int]) -> np.ndarray:
     first: dict[tuple[str, str], int] = {}
     for place, host, text in pages:
         if place not in gone:
+            # the empty line stands on every page, so its count is the host's number of pages
             lines = {"", *lines_of(text)}
             count[host].update(lines)
             for line in lines:
                 first.setdefault((host, line), place)
-    found = [(code(h), code(x), n, 0, first[h, x]) for h, lines in count.items() for x, n in lines.items()]
-    return np.array(found, LINE)
+    rows = [
+        (code(host), code(line), pages, 0, first[host, line])
+        for host, lines in count.items()
+        for line, pages in lines.items()
+    ]
+    return np.array(rows, LINE)
 
 
 def repeated(rows: np.ndarray, p: Deduplicate) -> np.ndarray:
@@ -51,21 +56,28 @@ def repeated(rows: np.ndarray, p: Deduplicate) -> np.ndarray:
     rows = rows[np.lexsort((rows["doc"], rows["line"], rows["host"]))]
     if not len(rows):
         return rows
+    # one row for each line of each host: its pages in all groups added up, and the first page that has it
     new = np.append(True, (rows["host"][1:] != rows["host"][:-1]) | (rows["line"][1:] != rows["line"][:-1]))
-    found = rows[new]
-    found["pages"] = np.add.reduceat(rows["pages"], new.nonzero()[0])
-    totals = found[found["line"] == 0]
-    found["of_pages"] = totals["pages"][totals["host"].searchsorted(found["host"])]
-    least = np.maximum(p.boilerplate_pages, p.boilerplate_share * found["of_pages"])
-    return found[(found["pages"] >= least) & (found["line"] != 0)]
+    lines = rows[new]
+    lines["pages"] = np.add.reduceat(rows["pages"], new.nonzero()[0])
+    totals = lines[lines["line"] == 0]
+    lines["of_pages"] = totals["pages"][totals["host"].searchsorted(lines["host"])]
+    least = np.maximum(p.boilerplate_pages, p.boilerplate_share * lines["of_pages"])
+    return lines[(lines["pages"] >= least) & (lines["line"] != 0)]
 
 
 def spell(pages: Iterable[Page], rows: np.ndarray) -> Iterator[dict[str, Any]]:
     """The words of boilerplate: host, line, and on how many pages of how many it is."""
+    # by page, then by the line's hash: on how many pages of how many
     wanted: dict[int, dict[int, tuple[int, int]]] = defaultdict(dict)
     for _, line, n, of, place in rows.tolist():
         wanted[place][line] = n, of
-    for place, host, text in pages if wanted else ():
-        for line in lines_of(text) if place in wanted else ():
-            if found := wanted[place].get(code(line)):
-                yield {"host": host, "line": line, "pages": found[0], "of_pages": found[1]}
+    if not wanted:  # no line to spell, no page to read
+        return
+    for place, host, text in pages:
+        if place not in wanted:
+            continue
+        for line in lines_of(text):
+            counts = wanted[place].get(code(line))
+            if counts:
+                yield {"host": host, "line": line, "pages": counts[0], "of_pages": counts[1]}

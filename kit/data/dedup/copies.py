@@ -1,244 +1,209 @@
 """What the tasks of deduplication do, one after the other, each with arrays of `numpy`: sign, pair, verify, decide.
 
-Between them Spark shuffles a few large arrays in place of many rows. Shingles lie in files beside the parts (8 bytes
-a word, swept with the commit), and a task reads those of the documents it compares: what it holds is bounded by
-`BATCH_SHINGLES` and by a few numbers a document of its share.
+What a task holds is bounded by `BATCH_SHINGLES` and by a few numbers a document of its share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterable
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from kit.data.dedup import minhash
+from kit.data.dedup.arrays import (
+    DOC,
+    EDGE,
+    EXACT,
+    KEY,
+    LABEL,
+    PAIR,
+    VERDICT,
+    PairJob,
+    identity,
+    joined,
+    rows_of,
+)
 from kit.data.engine.spark import plan_parts
-from kit.lake.files import PartWriter
-from kit.lake.store import Lake
 from kit.params import Deduplicate
 
-EXACT = {"url": "same URL", "payload": "same payload", "text": "same text"}
-REASONS = (None, *EXACT.values(), "near copy")
-ID = "S20"
-DOC = np.dtype(
-    [("doc_id", ID), ("rank", "i8"), ("time", "i8"), *((x, "u8") for x in EXACT), ("at", "i8"), ("size", "i8")]
-)  # fmt: skip
-"""A document: the survivor rule's two numbers, hashes (0 = has none), and where its shingles lie."""
-KEY = np.dtype([("key", "u8"), ("whole", "u8"), ("id", "u8"), ("doc", "i8")])
-"""`doc` is a document's place: group × 2³² + row. `whole` is equal where all LSH keys are; exact keys are odd."""
-PAIR = np.dtype([("a", "i8"), ("b", "i8"), ("exact", "?")])
-EDGE = np.dtype([*PAIR.descr, ("jaccard", "f8"), ("a_id", ID), ("b_id", ID)])
-LABEL = np.dtype([("label", "i8"), ("doc", "i8")])
-VERDICT = np.dtype(
-    [("doc_id", ID), ("cluster_id", ID), ("survivor", ID), ("reason", "i8"), ("jaccard", "f8"), ("doc", "i8")]
-)  # fmt: skip
 ALL_PAIRS_UP_TO, COMPANIONS = 40, 8
 """In larger LSH buckets each text is compared with the first few and the next few: all pairs would grow as the square."""
 PAIRS_FLOOR = 0.5
 """Verified pairs are told of from this Jaccard index on."""
+# what a task holds of texts and of shingles (8 bytes each): small enough for a cache in the first case, for the
+# memory of a Spark worker in the second
 BATCH_CHARS, BATCH_SHINGLES = 1 << 18, 1 << 22
-
-
-@dataclass(frozen=True)
-class PairJob:
-    """What every task knows: parameters, input parts in groups of a task each, and where to write."""
-
-    p: Deduplicate
-    lake: Lake
-    writer: PartWriter
-    groups: list[list[str]]
-    parts: int
-    """Output parts: they depend on the number of documents alone."""
-
-    def file(self, kind: str, group: int) -> str:
-        """A file that lives until the commit: the lake sweeps what no manifest lists."""
-        return f"{self.writer.folder}/{self.writer.attempt}-{kind}-{group}"
-
-    def documents(self, group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-        """The documents of a group that moved on so far, always in the same order."""
-        for path in self.groups[group]:
-            with self.lake.fs.open(path, "rb") as f:
-                for batch in pq.ParquetFile(f).iter_batches(1000, columns=[*columns, "drop_reason"]):
-                    yield batch.filter(pc.is_null(batch["drop_reason"]))
-
-    def reader(self, kind: str, dtype: Any) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-        """A function that reads `size` items from `at` for each of some documents: all items, and the bounds."""
-        dtype = np.dtype(dtype)
-        file = lru_cache(64)(lambda group: self.lake.fs.open(self.file(kind, group), "rb"))
-
-        def read(docs: np.ndarray, at: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            bounds = np.concatenate([[0], np.cumsum(size)])
-            found = np.empty(bounds[-1], dtype)
-            raw, spots = found.view(np.uint8), bounds * dtype.itemsize
-            for i in docs.argsort().tolist():
-                f = file(int(docs[i]) >> 32)
-                f.seek(int(at[i]) * dtype.itemsize)
-                f.readinto(raw[spots[i] : spots[i + 1]])
-            return found, bounds
-
-        return read
-
-    def records(self, docs: np.ndarray) -> np.ndarray:
-        """`DOC` of each document."""
-        return self.reader("docs", DOC)(docs, docs & 0xFFFFFFFF, np.ones(len(docs), np.int64))[0]
-
-    def pages(self, group: int) -> Iterator[tuple[int, str, str]]:
-        """Place, host and text of each document of a group."""
-        place = group << 32
-        for batch in self.documents(group, ["host", "text"]):
-            for host, text in zip(batch["host"].to_pylist(), batch["text"].to_pylist(), strict=True):
-                yield place, host or "", text
-                place += 1
-
-    def signed(self, group: int) -> np.ndarray:
-        """`DOC` of all documents of a group."""
-        return np.frombuffer(self.lake.fs.cat_file(self.file("docs", group)), DOC)
 
 
 def _hashes(values: Iterable[str | None]) -> np.ndarray:
     """64 bits of a hash of each value, 0 where there is none: two are equal by chance once in 10¹⁹."""
-    found = [blake2b(v.encode("utf-8", "replace"), digest_size=8).digest() if v else bytes(8) for v in values]
-    return np.frombuffer(b"".join(found), np.uint64)
-
-
-def identity(ids: np.ndarray) -> np.ndarray:
-    """64 bits of a hash of each doc_id: an order that does not depend on where a document lies."""
-    found = np.zeros(len(ids), np.uint64)
-    for word in np.ascontiguousarray(ids).view("<u4").reshape(len(ids), ids.itemsize // 4).T:
-        found = minhash.mix(found * np.uint64(31) + word)
-    return found
-
-
-def split_by_share(rows: np.ndarray, shares: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of each share, in their order."""
-    order = shares.argsort(kind="stable")
-    which, starts = np.unique(shares[order], return_index=True)
-    yield from zip(which.tolist(), np.split(rows[order], starts[1:]), strict=False)
-
-
-def joined(arrays: Iterable[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *arrays])
-
-
-def rows_of(dtype: np.dtype, **columns: Any) -> np.ndarray:
-    made = np.empty(next(len(c) for c in columns.values() if np.ndim(c)), dtype)
-    for name, column in columns.items():
-        made[name] = column
-    return made
+    # "replace": a page may hold half of a surrogate pair, which has no UTF-8
+    digests = [
+        blake2b(v.encode("utf-8", "replace"), digest_size=8).digest() if v else bytes(8) for v in values
+    ]
+    return np.frombuffer(b"".join(digests), np.uint64)
 
 
 def sign(job: PairJob, group: int) -> tuple[np.ndarray, int]:
     """Write the shingles and `DOC`s of a group's documents; `KEY` for each of their keys, LSH and exact ones, and
     how many documents there are.
     """
-    p, docs, keys, at, row = job.p, [], [], 0, group << 32
+    p = job.p
+    docs: list[np.ndarray] = []
+    keys: list[np.ndarray] = []
+    first_place = place = group << 32
+    n_shingles = 0
     columns = ["doc_id", "url", "payload_digest", "text", "fetch_time"]
     with job.lake.fs.open(job.file("grams", group), "wb") as f:
         for batch in job.documents(group, [*columns, *(["reviews"] if p.survivor == "richest" else [])]):
-            texts = batch["text"].to_pylist()
-            made, lengths = np.zeros(len(texts), DOC), [len(t) for t in texts]
-            made["doc_id"] = batch["doc_id"].to_pylist()
-            # plain lists: some of pyarrow's shorter ways load pandas, 0.2 s in every worker
-            made["time"] = [x or 0 for x in batch["fetch_time"].cast(pa.int64()).to_pylist()]
-            for kind, column in zip(EXACT, ("url", "payload_digest"), strict=False):
-                made[kind] = _hashes(batch[column].to_pylist())
-            made["text"] = _hashes(texts)
-            if p.survivor == "richest":
-                made["rank"] = [-(x or 0) << 40 for x in pc.list_value_length(batch["reviews"]).to_pylist()]
-            if p.survivor in ("richest", "longest"):
-                made["rank"] -= lengths
-            elif p.survivor == "latest":
-                made["time"] *= -1
-            ids, places = identity(made["doc_id"]), row + np.arange(len(made))
-            for share in plan_parts(lengths, BATCH_CHARS):
+            rows, texts = _described(batch, p)
+            ids, places = identity(rows["doc_id"]), place + np.arange(len(rows))
+
+            # near copies: the shingles of some texts at a time, and a key for each band of each text
+            for share in plan_parts([len(text) for text in texts], BATCH_CHARS):
                 grams, bounds = minhash.shingles(texts[share.start : share.stop], p.ngram)
-                made["at"][share], made["size"][share] = at + bounds[:-1], np.diff(bounds)
+                rows["first_shingle"][share], rows["size"][share] = n_shingles + bounds[:-1], np.diff(bounds)
                 f.write(grams.tobytes())
-                at += len(grams)
+                n_shingles += len(grams)
+                # a text without a word has no shingle and no near copy
                 some = np.flatnonzero(np.diff(bounds))
                 if len(some):
                     bounds, some = bounds[np.append(some, len(bounds) - 1)], some + share.start
                     bands = minhash.band_keys(grams, bounds, p.buckets, p.hashes_per_bucket, p.seed)
                     whose = {"whole": bands.sum(axis=0), "id": ids[some], "doc": places[some]}
+                    # the lowest bit tells kinds apart: 0 for a band, 1 for what is exactly the same
                     keys += [rows_of(KEY, key=band & ~np.uint64(1), **whose) for band in bands]
+
+            # exact copies: a key for each hash; its kind goes in, so that a URL never meets a text
             for number, kind in enumerate(sorted(set(p.exact) & set(EXACT))):
-                some = np.flatnonzero(made[kind])
-                key = minhash.mix(made[kind][some] + np.uint64(number)) | np.uint64(1)
+                some = np.flatnonzero(rows[kind])
+                key = minhash.mix(rows[kind][some] + np.uint64(number)) | np.uint64(1)
                 keys.append(rows_of(KEY, key=key, whole=key, id=ids[some], doc=places[some]))
-            docs.append(made)
-            row += len(made)
+            docs.append(rows)
+            place += len(rows)
     job.lake.fs.pipe_file(job.file("docs", group), joined(docs, DOC).tobytes())
-    return joined(keys, KEY), row - (group << 32)
+    return joined(keys, KEY), place - first_place
+
+
+def _described(batch: pa.RecordBatch, p: Deduplicate) -> tuple[np.ndarray, list[str]]:
+    """`DOC` of each document of a batch, [documents], where its shingles lie left open; and the texts.
+
+    The survivor of a cluster has the least (`rank`, `time`, `doc_id`): richest, most reviews and then most
+    characters; longest, most characters; latest, the last fetch; earliest, the first.
+    """
+    texts = batch["text"].to_pylist()
+    rows = np.zeros(len(texts), DOC)
+    rows["doc_id"] = batch["doc_id"].to_pylist()
+    # plain lists: some of pyarrow's shorter ways load pandas, 0.2 s in every worker
+    rows["time"] = [time or 0 for time in batch["fetch_time"].cast(pa.int64()).to_pylist()]
+    for kind, column in zip(EXACT, ("url", "payload_digest"), strict=False):
+        rows[kind] = _hashes(batch[column].to_pylist())
+    rows["text"] = _hashes(texts)
+    if p.survivor == "richest":
+        # a review counts more than any length: texts are shorter than 2⁴⁰ characters
+        reviews = pc.list_value_length(batch["reviews"]).to_pylist()
+        rows["rank"] = [-(n or 0) << 40 for n in reviews]
+    if p.survivor in ("richest", "longest"):
+        rows["rank"] -= [len(text) for text in texts]
+    elif p.survivor == "latest":
+        rows["time"] *= -1
+    return rows, texts
 
 
 def candidate_pairs(rows: np.ndarray) -> np.ndarray:
-    """`PAIR`s of documents that share a key, a before b by the hash of their ids.
+    """`PAIR`s of documents that share a key, a before b by the hash of their ids; `rows` are `KEY`s, in any order.
 
-    Texts with all LSH keys alike are compared with the first of them, and that one with the others of the bucket.
+    A bucket is all documents of one key. Those in it whose LSH keys are all alike (`whole`) are most likely the same
+    text: they are compared with the first of them alone, and that one with the other firsts of the bucket.
+
+    | firsts in a bucket | compared |
+    |---|---|
+    | up to `ALL_PAIRS_UP_TO` | each with each |
+    | more | each with the `COMPANIONS` first ones and with the `COMPANIONS` before it |
     """
+    # keys that only one document has make no pair: nearly all, so they go before the expensive sort
     rows = rows[rows["key"].argsort()]
     again = rows["key"][1:] == rows["key"][:-1]
     rows = rows[np.append(again, False) | np.append(False, again)]
+    # by id and not by place: which pairs are tried must not hang on how the input is cut into parts
     rows = rows[np.lexsort((rows["doc"], rows["id"], rows["whole"], rows["key"]))]
     if not len(rows):
         return np.empty(0, PAIR)
     key, whole = rows["key"], rows["whole"]
-    new = np.append(True, (key[1:] != key[:-1]) | (whole[1:] != whole[:-1]))
-    first = new.nonzero()[0]
-    found = [((~new).nonzero()[0], first[np.cumsum(new) - 1][~new])]
-    starts = np.append(True, key[first][1:] != key[first][:-1]).nonzero()[0]
-    sizes = np.diff(np.append(starts, len(first)))
+
+    # all below are numbers of rows; `firsts` [alike groups], one for each (key, whole)
+    is_first = np.append(True, (key[1:] != key[:-1]) | (whole[1:] != whole[:-1]))
+    firsts = is_first.nonzero()[0]
+    group_of = np.cumsum(is_first) - 1
+    sides = [((~is_first).nonzero()[0], firsts[group_of][~is_first])]
+
+    # a bucket's firsts lie one after the other: `starts` and `sizes` [buckets] count in `firsts`
+    starts = np.append(True, key[firsts][1:] != key[firsts][:-1]).nonzero()[0]
+    sizes = np.diff(np.append(starts, len(firsts)))
+
+    # small buckets, all of one size at a time: members [buckets of that size, size]
     for size in np.unique(sizes[(sizes > 1) & (sizes <= ALL_PAIRS_UP_TO)]):
-        members = first[starts[sizes == size, None] + np.arange(size)]
-        found.append(tuple(members[:, side].ravel() for side in np.triu_indices(size, 1)))
-    for start, size in zip(*(x[sizes > ALL_PAIRS_UP_TO].tolist() for x in (starts, sizes)), strict=True):
-        members = first[start : start + size]
+        members = firsts[starts[sizes == size, None] + np.arange(size)]
+        sides.append(tuple(members[:, side].ravel() for side in np.triu_indices(size, 1)))
+
+    # large buckets, one by one: members [size]
+    large = sizes > ALL_PAIRS_UP_TO
+    for start, size in zip(starts[large].tolist(), sizes[large].tolist(), strict=True):
+        members = firsts[start : start + size]
         for k in range(1, COMPANIONS + 1):
-            found += [(members[k:], members[:-k]), (members[k:], np.full(size - k, members[k - 1]))]
-    a, b = (np.concatenate(side) for side in zip(*found, strict=True))
+            sides += [(members[k:], members[:-k]), (members[k:], np.full(size - k, members[k - 1]))]
+
+    # each pair from its end with the lower id, so that both keys of a pair name it the same way
+    a, b = (np.concatenate(side) for side in zip(*sides, strict=True))
     swap = rows["id"][a] > rows["id"][b]
     a, b = np.where(swap, b, a), np.where(swap, a, b)
     return rows_of(PAIR, a=rows["doc"][a], b=rows["doc"][b], exact=key[a] & np.uint64(1))
 
 
 def verify_pairs(job: PairJob, pairs: np.ndarray) -> tuple[int, np.ndarray]:
-    """How many distinct pairs were compared, and an `EDGE` for each that is exact or close enough to be told of."""
+    """How many distinct pairs were compared, and an `EDGE` for each that is exact or close enough to be told of.
+
+    `pairs` are `PAIR`s [pairs], several of the same two documents where they share several keys.
+    """
+    # the same pair once, and as an exact one if any of its keys says so: ~exact sorts True first
     pairs = pairs[np.lexsort((~pairs["exact"], pairs["b"], pairs["a"]))]
     same = (pairs["a"][1:] == pairs["a"][:-1]) & (pairs["b"][1:] == pairs["b"][:-1])
     pairs = pairs[np.append(True, ~same)[: len(pairs)]]
+
+    # from here on a and b [pairs] are numbers in `docs` [documents], which is sorted
     docs = np.unique(np.concatenate([pairs["a"], pairs["b"]]))
     records, read = job.records(docs), job.reader("grams", np.uint64)
     a, b = docs.searchsorted(pairs["a"]), docs.searchsorted(pairs["b"])
     close = np.zeros(len(pairs))
     for share in plan_parts((records["size"][a] + records["size"][b]).tolist(), BATCH_SHINGLES):
+        # the shingles of these pairs' documents are read once, however many pairs they are in
         these = np.unique(np.concatenate([a[share], b[share]]))
-        grams, bounds = read(docs[these], records["at"][these], records["size"][these])
+        grams, bounds = read(docs[these], records["first_shingle"][these], records["size"][these])
         sets = [grams[i:j] for i, j in pairwise(bounds.tolist())]
         ones, others = these.searchsorted(a[share]), these.searchsorted(b[share])
+        # pairs are sorted by a: one call for each run with the same a, as numpy's calls cost more than the work
         runs = np.append(np.append(True, ones[1:] != ones[:-1]).nonzero()[0], len(ones)).tolist()
         for i, j in pairwise(runs):
-            many = [sets[k] for k in others[i:j].tolist()]
-            ends = np.cumsum([0, *map(len, many)])
-            at = share.start
-            close[at + i : at + j] = minhash.jaccards(sets[ones[i]], np.concatenate(many), ends)
-    told = pairs["exact"] | (close >= min(PAIRS_FLOOR, job.p.min_jaccard))
-    a_id, b_id = records["doc_id"][a[told]], records["doc_id"][b[told]]
-    columns = {name: pairs[name][told] for name in PAIR.names}
-    return len(pairs), rows_of(EDGE, **columns, jaccard=close[told], a_id=a_id, b_id=b_id)
+            partners = [sets[k] for k in others[i:j].tolist()]
+            ends = np.cumsum([0, *map(len, partners)])
+            close[share.start + i : share.start + j] = minhash.jaccards(
+                sets[ones[i]], np.concatenate(partners), ends
+            )
+    is_edge = pairs["exact"] | (close >= min(PAIRS_FLOOR, job.p.min_jaccard))
+    a_id, b_id = records["doc_id"][a[is_edge]], records["doc_id"][b[is_edge]]
+    columns = {name: pairs[name][is_edge] for name in PAIR.names}
+    return len(pairs), rows_of(EDGE, **columns, jaccard=close[is_edge], a_id=a_id, b_id=b_id)
 
 
 def label_components(pairs: np.ndarray) -> np.ndarray:
     """Connected components of few pairs: `LABEL` of each document in one, the label being its least place."""
     docs, ends = np.unique(np.concatenate([pairs["a"], pairs["b"]]), return_inverse=True)
     a, b = ends[: len(pairs)], ends[len(pairs) :]
+    # `least` [documents]: the lowest number that each is known to be connected with, itself to begin with
     least = np.arange(len(docs))
     while (least[a] != least[b]).any():
         low = np.minimum(least[a], least[b])
@@ -253,29 +218,32 @@ def label_components(pairs: np.ndarray) -> np.ndarray:
 def decide(job: PairJob, labels: np.ndarray) -> np.ndarray:
     """A `VERDICT` on each document of some clusters: the best one stays, and what is a copy of *it* goes.
 
-    What is a copy of a copy only goes on to the next round, so no near copy leaves without a near survivor.
+    What is a copy of a copy only goes on to the next round, so no near copy leaves without a near survivor. Of several
+    reasons the first of `EXACT` is given, and "near copy" only where none of them holds.
     """
     labels = labels[np.lexsort((labels["doc"], labels["label"]))]
     records, read = job.records(labels["doc"]), job.reader("grams", np.uint64)
     kinds = [kind for kind in EXACT if kind in job.p.exact]
     ids = records["doc_id"]
-    made = rows_of(VERDICT, doc_id=ids, survivor=ids, reason=0, jaccard=1.0, doc=labels["doc"])
+    verdicts = rows_of(VERDICT, doc_id=ids, survivor=ids, reason=0, jaccard=1.0, doc=labels["doc"])
     for members in np.split(np.arange(len(labels)), np.diff(labels["label"]).nonzero()[0] + 1):
-        left = members[np.lexsort([records[x][members] for x in ("doc_id", "time", "rank")])]
-        made["cluster_id"][members] = min(ids[members].tolist(), default=b"")
+        # the best first; lexsort takes its last key as the first one
+        left = members[np.lexsort([records[name][members] for name in ("doc_id", "time", "rank")])]
+        verdicts["cluster_id"][members] = min(ids[members].tolist(), default=b"")
         while len(left) > 1:
             best, others = left[:1], left[1:]
-            one = read(labels["doc"][best], records["at"][best], records["size"][best])[0]
+            one = read(labels["doc"][best], records["first_shingle"][best], records["size"][best])[0]
             for share in plan_parts(records["size"][others].tolist(), BATCH_SHINGLES):
                 some = others[share]
-                sets = read(labels["doc"][some], records["at"][some], records["size"][some])
-                made["jaccard"][some] = minhash.jaccards(one, *sets)
-            reason = np.where(made["jaccard"][others] >= job.p.min_jaccard, len(EXACT) + 1, 0)
+                sets = read(labels["doc"][some], records["first_shingle"][some], records["size"][some])
+                verdicts["jaccard"][some] = minhash.jaccards(one, *sets)
+            reason = np.where(verdicts["jaccard"][others] >= job.p.min_jaccard, len(EXACT) + 1, 0)
+            # the first kind is written last, over the others
             for kind in reversed(kinds):
                 alike = (records[kind][others] == records[kind][best]) & (records[kind][others] != 0)
                 reason[alike] = 1 + list(EXACT).index(kind)
-            made["reason"][others], made["survivor"][others] = reason, ids[best]
+            verdicts["reason"][others], verdicts["survivor"][others] = reason, ids[best]
             left = others[reason == 0]
             # until their own round says otherwise, they stay
-            made["survivor"][left], made["jaccard"][left] = ids[left], 1.0
-    return made
+            verdicts["survivor"][left], verdicts["jaccard"][left] = ids[left], 1.0
+    return verdicts

@@ -22,24 +22,26 @@ from pyspark.core.rdd import RDD
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from kit.data.dedup.boilerplate import LINE, count_lines, repeated, spell
-from kit.data.dedup.copies import (
+from kit.data.dedup.arrays import (
     ID,
     KEY,
     LABEL,
     PAIR,
-    PAIRS_FLOOR,
     REASONS,
     VERDICT,
     PairJob,
-    candidate_pairs,
-    decide,
     identity,
     joined,
-    label_components,
     rows_of,
-    sign,
     split_by_share,
+)
+from kit.data.dedup.boilerplate import LINE, count_lines, repeated, spell
+from kit.data.dedup.copies import (
+    PAIRS_FLOOR,
+    candidate_pairs,
+    decide,
+    label_components,
+    sign,
     verify_pairs,
 )
 from kit.data.dedup.minhash import mix
@@ -62,9 +64,15 @@ __all__ = [
 ]
 
 CLUSTER = pa.schema(
-    [("doc_id", pa.string()), ("cluster_id", pa.string()), ("keep", pa.bool_()), ("reason", pa.string()),
-     ("survivor", pa.string()), ("jaccard", pa.float32())]
-)  # fmt: skip
+    [
+        ("doc_id", pa.string()),
+        ("cluster_id", pa.string()),
+        ("keep", pa.bool_()),
+        ("reason", pa.string()),
+        ("survivor", pa.string()),
+        ("jaccard", pa.float32()),
+    ]
+)
 NEAR = pa.schema([("a", pa.string()), ("b", pa.string()), ("jaccard", pa.float32())])
 BOILERPLATE = pa.schema(
     [("host", pa.string()), ("line", pa.string()), ("pages", pa.int32()), ("of_pages", pa.int32())]
@@ -87,8 +95,11 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
     with lake.stage(p) as out:
         source = out.read("30_refine_text")
         context = session(p).sparkContext
+
+        # how the input is cut: a task for each core, as long as its part is neither tiny nor large
         sizes = [o.bytes for o in source.outputs if o.name.startswith("part")]
         paths, n_docs = lake.paths(source, "part"), source.counts.records_out
+        # 5 % more than an even share: files do not fill a group to the byte, and one left over would be a round alone
         share = sum(sizes) / context.defaultParallelism * 1.05
         most = max(min(share, MOST_GROUP_BYTES), LEAST_GROUP_BYTES)
         groups = [[paths[i] for i in share] for share in plan_parts(sizes, most)]
@@ -99,18 +110,25 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
         def signed(group: int) -> Iterator[Blob]:
             rows, n_signed = sign(job, group)
             done.add(n_signed)
+            # by the high bits: the lowest one says what kind of key it is
             return split_by_share(rows, (rows["key"] >> np.uint64(33)) % np.uint64(n))
 
         with progress(n_docs, "deduplicate", "documents") as bar:
             bar.note("signatures and pairs")
             pairs = _to(_to(numbers.flatMap(signed), n).mapPartitions(_paired), n)
-            verified = pairs.mapPartitions(lambda x: [verify_pairs(job, _one(x, PAIR))]).persist()
-            told = collect(verified.map(lambda x: (x[0], len(_joined(x[1], p)))), done, bar)
-            compared, n_joined = (sum(x) for x in zip(*told, strict=True))
+            # persisted: three jobs below read it, and signing again would cost more than all of them
+            verified = pairs.mapPartitions(lambda blobs: [verify_pairs(job, _one(blobs, PAIR))]).persist()
+            numbers_by_task = collect(
+                verified.map(lambda result: (result[0], len(_joined(result[1], p)))), done, bar
+            )
+            compared, n_joined = (sum(column) for column in zip(*numbers_by_task, strict=True))
+
             bar.note("clusters")
+            # one task joins a few million pairs sooner than Spark starts its first round
             labels = (_few if n_joined <= FEW_PAIRS else _many)(verified, p, n)
-            decided = _to(labels, n).mapPartitions(lambda x: [decide(job, _one(x, LABEL))]).persist()
+            decided = _to(labels, n).mapPartitions(lambda blobs: [decide(job, _one(blobs, LABEL))]).persist()
             placed = _to(decided.mapPartitionsWithIndex(partial(_placed, job)), job.parts)
+            # `coalesce(1)`: one file of pairs, as it is a sample to look at
             results = collect(verified.coalesce(1).mapPartitions(partial(_write_pairs, job)), done, bar)
             results += collect(placed.mapPartitionsWithIndex(partial(_write_part, job)), done, bar)
             if p.boilerplate_pages:
@@ -128,16 +146,11 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
 def clusters_at(pairs: pa.Table, min_jaccard: float) -> list[int]:
     """Sizes of the clusters that the verified `pairs` would make at another threshold, largest first."""
     near = pairs.filter(np.asarray(pairs["jaccard"]) >= min_jaccard)
-    ends = (
-        pa.chunked_array([*near["a"].chunks, *near["b"].chunks], pa.string())
-        .combine_chunks()
-        .dictionary_encode()
-    )
-    a, b = np.split(np.asarray(ends.indices), 2)
-    return sorted(
-        Counter(label_components(rows_of(PAIR, a=a, b=b, exact=False))["label"].tolist()).values(),
-        reverse=True,
-    )
+    # ids become numbers: those of the pairs' first ends, then those of their second ends
+    ids = pa.chunked_array([*near["a"].chunks, *near["b"].chunks], pa.string()).combine_chunks()
+    a, b = np.split(np.asarray(ids.dictionary_encode().indices), 2)
+    labels = label_components(rows_of(PAIR, a=a, b=b, exact=False))["label"]
+    return sorted(Counter(labels.tolist()).values(), reverse=True)
 
 
 def _to(blobs: RDD, parts: int) -> RDD:
@@ -151,6 +164,7 @@ def _one(blobs: Iterable[Blob], dtype: np.dtype) -> np.ndarray:
 
 def _paired(blobs: Iterable[Blob]) -> Iterator[Blob]:
     pairs = candidate_pairs(_one(blobs, KEY))
+    # to the task of a's group: equal pairs meet there, and half of the shingles lie in one file
     return split_by_share(pairs, pairs["a"] >> 32)
 
 
@@ -162,8 +176,8 @@ def _joined(edges: np.ndarray, p: Deduplicate) -> np.ndarray:
 def _few(verified: RDD, p: Deduplicate, n: int) -> RDD:
     """Clusters of few pairs, by one task."""
 
-    def work(found: Iterable[Any]) -> Iterator[Blob]:
-        labels = label_components(joined((_joined(edges, p) for _, edges in found), PAIR))
+    def work(results: Iterable[Any]) -> Iterator[Blob]:
+        labels = label_components(joined((_joined(edges, p) for _, edges in results), PAIR))
         return split_by_share(labels, labels["label"] % n)
 
     return verified.coalesce(1).mapPartitions(work)
@@ -172,11 +186,11 @@ def _few(verified: RDD, p: Deduplicate, n: int) -> RDD:
 def _many(verified: RDD, p: Deduplicate, n: int) -> RDD:
     """Clusters of many pairs, by Spark."""
 
-    def work(found: Iterable[Any]) -> Iterator[Blob]:
-        labels = np.array([tuple(row) for row in found], LABEL)
+    def work(rows: Iterable[Any]) -> Iterator[Blob]:
+        labels = np.array([tuple(row) for row in rows], LABEL)
         return split_by_share(labels, labels["label"] % n)
 
-    rows = verified.flatMap(lambda found: _joined(found[1], p)[["a", "b"]].tolist())
+    rows = verified.flatMap(lambda result: _joined(result[1], p)[["a", "b"]].tolist())
     return components(rows.toDF("a long, b long")).select("label", "doc").rdd.mapPartitions(work)
 
 
@@ -189,6 +203,7 @@ def components(pairs: DataFrame) -> DataFrame:
         edges.groupBy("doc").agg(F.min("other").alias("m")).select("doc", F.least("doc", "m").alias("label"))
     )
     for _ in range(MAX_ROUNDS):
+        # without it the plan of round n holds those of all rounds before, and Spark plans longer than it works
         labels = labels.localCheckpoint()
         around = edges.join(labels.withColumnRenamed("doc", "other"), "other")
         best = around.groupBy("doc").agg(F.min("label").alias("best"))
@@ -206,6 +221,8 @@ def components(pairs: DataFrame) -> DataFrame:
 
 def _placed(job: PairJob, group: int, verdicts: Iterable[np.ndarray]) -> Iterator[Blob]:
     """The ids of a group's documents, and some verdicts, to the parts where they are written."""
+    # all ids, since most documents are in no cluster and get no verdict; parts are cut by the hash of the id, so that
+    # a part holds the same documents however the input was cut
     for rows in (job.signed(group)["doc_id"], *verdicts):
         ids = rows if rows.dtype == ID else rows["doc_id"]
         yield from split_by_share(rows, identity(ids) % np.uint64(job.parts))
@@ -214,24 +231,25 @@ def _placed(job: PairJob, group: int, verdicts: Iterable[np.ndarray]) -> Iterato
 def _write_part(job: PairJob, number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
     """One output part; documents without a verdict are alone."""
     arrays = [rows for _, rows in blobs]
-    ids = np.sort(joined((x for x in arrays if x.dtype == ID), np.dtype(ID)))
-    made = rows_of(VERDICT, doc_id=ids, cluster_id=ids, survivor=ids, reason=0, jaccard=1.0, doc=0)
-    verdicts = joined((x for x in arrays if x.dtype == VERDICT), VERDICT)
-    made[ids.searchsorted(verdicts["doc_id"])] = verdicts
-    reasons = pa.array(REASONS).take(pa.array(made["reason"]))
-    keep = pa.array(made["reason"] == 0)
-    doc, cluster, survivor = (_strings(made[x]) for x in ("doc_id", "cluster_id", "survivor"))
-    columns = [doc, cluster, keep, reasons, survivor, made["jaccard"].astype(np.float32)]
+    ids = np.sort(joined((rows for rows in arrays if rows.dtype == ID), np.dtype(ID)))
+    part = rows_of(VERDICT, doc_id=ids, cluster_id=ids, survivor=ids, reason=0, jaccard=1.0, doc=0)
+    verdicts = joined((rows for rows in arrays if rows.dtype == VERDICT), VERDICT)
+    part[ids.searchsorted(verdicts["doc_id"])] = verdicts
+    reasons = pa.array(REASONS).take(pa.array(part["reason"]))
+    keep = pa.array(part["reason"] == 0)
+    doc, cluster, survivor = (_strings(part[name]) for name in ("doc_id", "cluster_id", "survivor"))
+    columns = [doc, cluster, keep, reasons, survivor, part["jaccard"].astype(np.float32)]
     output = job.writer.table(f"part-{number:05d}", pa.table(columns, schema=CLUSTER))
     yield output, Account.of_verdicts(reasons.to_pylist())
 
 
-def _write_pairs(job: PairJob, found: Iterable[Any]) -> Iterator[tuple[Output, Account]]:
+def _write_pairs(job: PairJob, results: Iterable[Any]) -> Iterator[tuple[Output, Account]]:
     """At most `PAIRS_KEPT` of the pairs that are close, the same ones however the work is cut."""
     kept = None
-    for _, edges in found:
+    for _, edges in results:
         close = edges[edges["jaccard"] >= PAIRS_FLOOR]
         kept = close if kept is None else np.concatenate([kept, close])
+        # the least by a hash of both ids: a random sample that is the same whatever came first
         kept = kept[(identity(kept["a_id"]) ^ mix(identity(kept["b_id"]))).argsort()[:PAIRS_KEPT]]
     kept = kept[np.lexsort((kept["b_id"], kept["a_id"]))]
     columns = [_strings(kept["a_id"]), _strings(kept["b_id"]), kept["jaccard"].astype(np.float32)]
@@ -250,16 +268,23 @@ def _boilerplate(job: PairJob, decided: RDD, n: int) -> RDD:
         return split_by_share(rows, rows["doc"] >> 32)
 
     def spelled(group: int, blobs: Iterable[Blob]) -> Iterator[Blob]:
-        found = list(spell(job.pages(group), _one(blobs, LINE)))
-        shares = identity(np.array([x["host"].encode() for x in found], "S256")) % np.uint64(job.parts)
-        return zip(shares.tolist(), found, strict=True)
+        lines = list(spell(job.pages(group), _one(blobs, LINE)))
+        # a host name has at most 253 bytes
+        shares = identity(np.array([line["host"].encode() for line in lines], "S256")) % np.uint64(job.parts)
+        return zip(shares.tolist(), lines, strict=True)
 
     def write(number: int, blobs: Iterable[Blob]) -> Iterator[tuple[Output, Account]]:
-        if found := sorted((x for _, x in blobs), key=lambda x: (x["host"], x["line"])):
-            table = pa.Table.from_pylist(found, schema=BOILERPLATE)
+        lines = sorted((line for _, line in blobs), key=lambda line: (line["host"], line["line"]))
+        if lines:
+            table = pa.Table.from_pylist(lines, schema=BOILERPLATE)
             yield job.writer.table(f"boilerplate-{number:05d}", table), Account()
 
-    gone = decided.flatMap(lambda rows: split_by_share(rows := rows[rows["reason"] > 0], rows["doc"] >> 32))
+    def copies(verdicts: np.ndarray) -> Iterator[Blob]:
+        gone = verdicts[verdicts["reason"] > 0]
+        return split_by_share(gone, gone["doc"] >> 32)
+
+    gone = decided.flatMap(copies)
+    # four shuffles of small arrays, so that the words of a line cross the network once, from one page that has it
     sums = _to(_to(gone, n).mapPartitionsWithIndex(counted), n).mapPartitions(summed)
     words = _to(_to(sums, n).mapPartitionsWithIndex(spelled), job.parts)
     return words.mapPartitionsWithIndex(write)
