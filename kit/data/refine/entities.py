@@ -50,7 +50,7 @@ BEFORE_PLACE = frozenset(("in", "at", "near", "from", "en", "à", "a", "nach", "
 THING = re.compile(r"^(?:the|la|le|les|el|los|il|lo|der|die|das|dem|den) | (?:of|the|des|das) |(?: \S+){5}")
 BEGINS = re.compile(r"^\W+$|[.!?:;\"'“”„«»‘’(\[–—-]\s*$")  # before what may have a capital for its place only
 NO_NAMES = frozenset(
-    x.casefold() for x in ("I", *calendar.month_name, *calendar.month_abbr, *calendar.day_name)
+    word.casefold() for word in ("I", *calendar.month_name, *calendar.month_abbr, *calendar.day_name)
 )
 LABELS = {"PERSON": "PERSON", "PER": "PERSON", "ORG": "ORG", "GPE": "PLACE", "LOC": "PLACE", "FAC": "PLACE"}
 LABELS |= dict.fromkeys(("MISC", "NORP", "EVENT", "WORK_OF_ART", "PRODUCT", "LAW", "LANGUAGE"), "OTHER")
@@ -86,6 +86,7 @@ def _pipeline(name: str) -> Any:
     try:
         import spacy
 
+        # only names are wanted: what is left out takes most of a pipeline's time
         return spacy.load(
             name, exclude=["tagger", "morphologizer", "parser", "lemmatizer", "attribute_ruler"]
         )
@@ -113,6 +114,7 @@ def _names(text: str, lang: str) -> Iterator[tuple[str, str]]:
             title, name = match.groups()
             before = sentence[max(match.start() - 20, 0) : match.start()]
             first = not before or BEGINS.search(before)
+            # what begins a sentence has its capital for that alone, if it is a function word
             no_name = NO_NAMES | stopwords(lang) if first else NO_NAMES
             while name and re.split("[ '’]", name)[0].casefold() in no_name:
                 name = name.partition(" ")[2]

@@ -69,7 +69,11 @@ def keywords(text: str, lang: str) -> list[str]:
     A phrase stands whole between stop words and punctuation, as in RAKE (Rose et al. 2010), or comes again. In
     Chinese and Japanese, runs of Han characters or Katakana are words.
     """
-    stop, counts, shown, most = stopwords(lang), Counter(), {}, 1 if lang in NOT_SPACED else 3
+    stop = stopwords(lang)
+    counts: Counter[tuple[str, ...]] = Counter()
+    shown: dict[tuple[str, ...], str] = {}  # a phrase as it is written where it comes first
+    most = 1 if lang in NOT_SPACED else 3
+    # placeholders become a mark, so that no phrase goes across a masked name
     for part in FRAGMENT.findall(PLACEHOLDER.sub(";", text)):
         for is_key, group in groupby(
             _words(part, lang), lambda w: 2 <= len(w) <= 40 and w.casefold() not in stop
@@ -78,14 +82,17 @@ def keywords(text: str, lang: str) -> list[str]:
             for first in range(len(run)):
                 for end in range(first + 1, min(first + most, len(run)) + 1):
                     phrase = tuple(w.casefold() for w in run[first:end])
-                    counts[phrase] += 1 + (end - first == len(run) and most > 1)  # others must come twice
+                    # a phrase that stands whole between stop words counts double: it may come but once
+                    counts[phrase] += 1 + (end - first == len(run) and most > 1)
                     shown.setdefault(phrase, " ".join(run[first:end]))
-    found, used = [], set()
-    for phrase, count in sorted(counts.items(), key=lambda x: -x[1] * log2(1 + len(x[0]))):
+    # a longer phrase says more, but must not beat a word that comes much oftener: the log of its length
+    phrases: list[str] = []
+    used: set[str] = set()
+    for phrase, count in sorted(counts.items(), key=lambda item: -item[1] * log2(1 + len(item[0]))):
         if count >= 2 and used.isdisjoint(phrase):
-            found.append(shown[phrase])
+            phrases.append(shown[phrase])
             used.update(phrase)
-    return found[:MAX_KEYWORDS]
+    return phrases[:MAX_KEYWORDS]
 
 
 def summary(text: str, lang: str) -> str | None:
@@ -93,15 +100,19 @@ def summary(text: str, lang: str) -> str | None:
 
     Degree LexRank (Erkan and Radev 2004) on cosines, over 200 sentences; the first one weighs double.
     """
-    stop, columns, bags = stopwords(lang), {}, {}
+    stop = stopwords(lang)
+    columns: dict[str, int] = {}  # a word's column in the matrix
+    bags: dict[str, list[int]] = {}  # by sentence, so that one that is repeated does not vote for itself
     for sentence in sentences(text):
         bag = {w.casefold() for w in _words(sentence, lang)} - stop
         long = len(sentence.encode()) >= 20 and len(sentence) <= 400 and len(bag) >= 3
         if long and sentence[-1] in '.!?…。！？"”»’)」』' and len(bags) < 200:
             bags.setdefault(sentence, [columns.setdefault(w, len(columns)) for w in sorted(bag)])
+    # [sentences, words], each row of length 1: products of rows are cosines
     matrix = np.zeros((len(bags), len(columns)))
     for row, bag in zip(matrix, bags.values()):
         row[bag] = len(bag) ** -0.5
+    # the sum of a sentence's cosines with all others, without the matrix [sentences, sentences]
     score = matrix @ matrix.sum(axis=0) * (1 + 1 / (1 + np.arange(len(bags))))
     # rounded, as the number of threads may change the last digits
     best = set(np.argsort(-score.round(9), kind="stable")[:MAX_SENTENCES].tolist())
@@ -115,5 +126,6 @@ def reading_ease(text: str, lang: str) -> float | None:
     if lang not in FLESCH or total < MIN_WORDS:
         return None
     a, b, c, vowels = FLESCH[lang]
+    # a word without a vowel, such as an abbreviation, is still spoken: one syllable at least
     syllables = sum(n * max(1, len(re.findall(vowels, word))) for word, n in words.items())
     return a - b * total / len(sentences(text)) - c * syllables / total

@@ -18,6 +18,8 @@ from importlib import import_module
 import phonenumbers
 from stdnum import iban, luhn
 
+# Every pattern below is bounded ({1,64}, {0,20} …) or anchored by a look-behind: on hostile text an open repetition
+# would take time as the square of its length. Look-arounds at both ends keep a match from being a piece of a longer one.
 EMAIL = re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[\w-]{1,63}\.){1,5}[A-Za-z]{2,24}(?![\w@-])")
 IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\.?\d|\w)")
 IPV6 = re.compile(r"(?<![\w:.])[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
@@ -55,6 +57,7 @@ TYPES = ("email", "iban", "card", "ipv6", "ipv4", "national_id", "address", "pho
 """In the order in which they are looked for: a span that one type took is not looked at again."""
 Span = tuple[int, int]
 
+# seven characters that every shape below has; a text without them is not searched for any
 ID_NEEDS = re.compile(r"\d(?:(?:[ .-]?\d){5}|[A-Z]\d\d[A-Z]\d)")
 NATIONAL = [
     (module, re.compile(rf"(?<![\w.-])(?:{shape})(?![\w-]|\.\d)", re.ASCII), re.compile(words, re.IGNORECASE))
@@ -109,7 +112,9 @@ ADDRESSES = (
 )
 """Number, street and postal code of the US, the UK, Germany and France; every repetition is bounded."""
 POSTAL_CODE = re.compile(r"\d(?:\d{4}|[A-Z\d]? \d[A-Z]{2})")
-BEFORE_CODE, AFTER_CODE = 160, 40  # characters in which the address of a postal code is looked for
+# characters around a postal code in which its address is looked for: in the US and UK it ends an address, in Germany and
+# France the town comes after it
+BEFORE_CODE, AFTER_CODE = 160, 40
 
 
 def _id_valid(module: str, match: str) -> bool:
@@ -121,6 +126,7 @@ def _id_valid(module: str, match: str) -> bool:
 
 def _card(match: str) -> bool:
     digits = re.sub(r"\D", "", match)
+    # ISO/IEC 7812: 13 to 19 digits in use; 0000… passes Luhn's check and is no card
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and luhn.is_valid(digits)
 
 
@@ -129,6 +135,7 @@ def _ipv4(match: str) -> bool:
         address = ipaddress.IPv4Address(match)
     except ValueError:
         return False
+    # what is no address of the outside names nobody, and stands in every tutorial
     return not any(address in network for network in INTERNAL)
 
 
@@ -137,6 +144,7 @@ def _ipv6(match: str) -> bool:
         address = ipaddress.IPv6Address(match)
     except ValueError:
         return False
+    # "::" and "a::b" are addresses by the letter, and in texts mostly code or a time
     return len(match) > 6 and not (address.is_loopback or address.is_link_local or address.is_unspecified)
 
 
@@ -152,11 +160,13 @@ PATTERNS: dict[str, tuple[re.Pattern[str], re.Pattern[str], Callable[[str], bool
 
 def _windows(text: str, needs: re.Pattern[str]) -> Iterator[Span]:
     """Lines that hold a match: nothing searched in them goes on over their end, so slow patterns skip the rest."""
-    at = 0
-    while found := needs.search(text, at):
-        start = text.rfind("\n", 0, found.start()) + 1
-        at = text.find("\n", found.end()) % (len(text) + 1)
-        yield start, at
+    end = 0
+    while match := needs.search(text, end):
+        start = text.rfind("\n", 0, match.start()) + 1
+        end = text.find("\n", match.end())
+        if end < 0:  # the last line has no end
+            end = len(text)
+        yield start, end
 
 
 def _shaped(text: str, needs: re.Pattern, shape: re.Pattern, valid: Callable[[str], bool]) -> Iterator[Span]:
@@ -180,8 +190,9 @@ def _national_ids(text: str, _: str) -> Iterator[Span]:
     for start, end in _windows(text, ID_NEEDS):
         for module, shape, words in NATIONAL:
             for match in shape.finditer(text, start, end):
-                at = match.start()
-                if words.search(text, max(at - WORDS_BEFORE, 0), at) and _id_valid(module, match[0]):
+                # many numbers have the shape, a tenth of them the checksum: a word before it decides
+                start_before = max(match.start() - WORDS_BEFORE, 0)
+                if words.search(text, start_before, match.start()) and _id_valid(module, match[0]):
                     yield match.span()
 
 
@@ -205,15 +216,18 @@ def find(text: str, lang: str, types: Sequence[str] = TYPES) -> list[tuple[int, 
     for kind in (k for k in TYPES if k in types):
         for start, end in FINDERS[kind](text, lang) if kind in FINDERS else _shaped(text, *PATTERNS[kind]):
             # spans in `taken` are sorted and apart, so only the two neighbours can overlap
-            at = bisect(taken, (start, end, kind))
-            if (at == 0 or taken[at - 1][1] <= start) and (at == len(taken) or taken[at][0] >= end):
-                taken.insert(at, (start, end, kind))
+            position = bisect(taken, (start, end, kind))
+            after_left = position == 0 or taken[position - 1][1] <= start
+            before_right = position == len(taken) or taken[position][0] >= end
+            if after_left and before_right:
+                taken.insert(position, (start, end, kind))
     return taken
 
 
 def mask(text: str, lang: str, types: Sequence[str] = TYPES) -> tuple[str, dict[str, int]]:
     """The text with personal data replaced by `<EMAIL>`, `<PHONE>` …, and how many of each of these types."""
     counts = {kind: 0 for kind in TYPES if kind in types}
+    # most texts hold nothing that could be any of it: one search instead of forty
     if not counts or not NUMBER_OR_AT.search(text):
         return text, counts
     parts, position = [], 0

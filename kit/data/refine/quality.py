@@ -16,48 +16,30 @@ Rules on word shape or English stop words do not apply where they make no sense 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import cache
-from urllib.parse import urlsplit
+from collections.abc import Iterable
 
 import numpy as np
 
-from kit import resolve_path
 from kit.data.text import words as w
 from kit.data.text.rules import RULE_SETS, RULES
-from kit.errors import ParamError
 
 BULLETS, ELLIPSES = ("•", "-"), ("...", "…")
 
 
 CITATION = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
 LINE_PHRASES = (
-    "javascript", "terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies"
-)  # fmt: skip
+    "javascript",
+    "terms of use",
+    "privacy policy",
+    "cookie policy",
+    "uses cookies",
+    "use of cookies",
+    "use cookies",
+)
 """C4 takes a line with one of them out."""
+# datatrove's defaults: C4 wants three words a line and none longer than 1,000 characters; to FineWeb a line of up to
+# 30 characters is short
 MIN_LINE_WORDS, LONG_WORD, SHORT_LINE = 3, 1000, 30
-BANNED_WORDS = frozenset(
-    [
-        "porn",
-        "porno",
-        "pornhub",
-        "xxx",
-        "xvideos",
-        "hentai",
-        "milf",
-        "camgirl",
-        "camgirls",
-        "escorts",
-        "onlyfans",
-        "sexcam",
-        "sexcams",
-    ]
-)
-SOFT_WORDS = frozenset(
-    "adult casino casinos poker slots jackpot betting gambling payday loans viagra cialis pills pharmacy erotic nude "  # noqa: SIM905
-    "sexy dating replica cheap torrent warez crack keygen".split()
-)
-"""One of the first or two of the second in a URL speak against it; lists of our own, short on purpose."""
 
 
 def rule_values(
@@ -67,15 +49,19 @@ def rule_values(
 
     With `c4_lines` only lines that C4 keeps move on, unless it keeps none. `url` is not measured here.
     """
-    sets, values = set(rule_sets), {}
-    tokens = w.tokens(text) if sets & {"gopher_repetition", "gopher_quality"} or ("fineweb" in sets and not c4_lines) else None  # fmt: skip
+    sets = set(rule_sets)
+    values: dict[str, float] = {}
+    # tokens take most of the time, so they are made once, and only for rules that ask for those of the whole text:
+    # where C4 shortens it, FineWeb wants those of what is left
+    whole_text = {"gopher_repetition", "gopher_quality"} | (set() if c4_lines else {"fineweb"})
+    tokens = w.tokens(text) if sets & whole_text else None
     if "gopher_repetition" in sets:
         values |= _repetition(text, tokens)
     if "gopher_quality" in sets:
         values |= _quality(text, tokens)
     if "c4" in sets or c4_lines:
-        kept, found = c4(text, tokens)
-        values |= found if "c4" in sets else {}
+        kept, c4_values = c4(text, tokens)
+        values |= c4_values if "c4" in sets else {}
         if c4_lines and kept and kept != text:
             text, tokens = kept, w.tokens(kept) if "fineweb" in sets else None
     if "fineweb" in sets:
@@ -85,6 +71,7 @@ def rule_values(
 
 def _repetition(text: str, tokens: w.Tokens) -> dict[str, float]:
     n_chars = max(len(text), 1)
+    # the paragraphs of a stripped text, the lines of the text as it is: so datatrove cuts them
     paragraphs, lines = re.split(r"\n{2,}", text.strip()), re.split(r"\n+", text)
     dup_paragraphs, dup_paragraph_chars = _duplicates(paragraphs)
     dup_lines, dup_line_chars = _duplicates(lines)
@@ -94,27 +81,29 @@ def _repetition(text: str, tokens: w.Tokens) -> dict[str, float]:
         "dup_lines": dup_lines / len(lines),
         "dup_line_chars": dup_line_chars / n_chars,
     }
-    ids, lengths = tokens.ids, tokens.traits[:, w.LENGTH]
+    ids, lengths = tokens.ids, tokens.traits[:, w.LENGTH]  # both [tokens]
     ends = np.zeros(len(ids) + 1, np.int64)
     np.cumsum(lengths, out=ends[1:])
     # numbers of this text alone: those of the process grow with all it has seen
-    _, at, ids, times = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
-    return values | {k: chars / n_chars for k, chars in _ngrams(at[ids], times[ids], ends).items()}
+    _, first, distinct, times = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
+    chars_of = _ngrams(first[distinct], times[distinct], ends)
+    return values | {name: chars / n_chars for name, chars in chars_of.items()}
 
 
 def _quality(text: str, tokens: w.Tokens) -> dict[str, float]:
-    traits = tokens.traits
+    traits = tokens.traits  # [tokens, traits], integers
     n_tokens, n_words = max(len(traits), 1), int(traits[:, w.WORD].sum())
     lines = text.splitlines()
     n_lines = max(len(lines), 1)
+    # a bit for each of the stop words: what counts is how many different ones there are
     stop = int(np.bitwise_or.reduce(traits[:, w.STOP])) if len(traits) else 0
     return {
         "words": float(n_words),
         "mean_word_length": int(traits[:, w.LENGTH] @ traits[:, w.WORD]) / max(n_words, 1),
         "hash_ratio": text.count("#") / n_tokens,
         "ellipsis_ratio": (text.count("...") + text.count("…")) / n_tokens,
-        "bullet_lines": sum(x.lstrip().startswith(BULLETS) for x in lines) / n_lines,
-        "ellipsis_lines": sum(x.rstrip().endswith(ELLIPSES) for x in lines) / n_lines,
+        "bullet_lines": sum(line.lstrip().startswith(BULLETS) for line in lines) / n_lines,
+        "ellipsis_lines": sum(line.rstrip().endswith(ELLIPSES) for line in lines) / n_lines,
         "alpha_words": int(traits[:, w.ALPHA].sum()) / n_tokens,
         "stop_words": float(stop.bit_count()),
     }
@@ -126,9 +115,12 @@ def c4(text: str, tokens: w.Tokens | None = None) -> tuple[str, dict[str, float]
     Sentences are counted in every line by itself, as spaCy's sentencizer does: one begins with the first token
     that is no mark after a mark that ends one. `tokens` are the text's, where they are known.
     """
-    kept, pieces, lorem, curly = [], [], 0, 0
+    kept: list[str] = []
+    pieces: list[int] = []
+    lorem = curly = 0
+    # asked of the whole text first: most have none of it, and then no line is searched for it
     lower = text.lower()
-    phrases = [x for x in LINE_PHRASES if x in lower]
+    phrases = [phrase for phrase in LINE_PHRASES if phrase in lower]
     has_lorem, has_curly = "lorem ipsum" in lower, "{" in text
     for line in map(str.strip, text.splitlines()):
         words = line.split()
@@ -139,15 +131,18 @@ def c4(text: str, tokens: w.Tokens | None = None) -> tuple[str, dict[str, float]
             line = CITATION.sub("", line)
             n = len(line.split())
         low = line.lower() if phrases or has_lorem else ""
+        # the order is datatrove's: a line on JavaScript goes before its brackets are counted, one with another phrase
+        # after, and lorem ipsum counts in both
         lorem += has_lorem and "lorem ipsum" in low
         if phrases and "javascript" in low:
             continue
         curly += has_curly and "{" in line
-        if any(x in low for x in phrases):
+        if any(phrase in low for phrase in phrases):
             continue
         kept.append(line)
         pieces.append(n)
     cleaned = "\n".join(kept)
+    # the text's own tokens still hold where no line went
     if tokens is None or cleaned != text:
         tokens = w.tokens(cleaned)
     return cleaned.strip(), {
@@ -158,61 +153,31 @@ def c4(text: str, tokens: w.Tokens | None = None) -> tuple[str, dict[str, float]
 
 
 def _sentences(tokens: w.Tokens, pieces: np.ndarray) -> int:
-    """Sentences of a text whose lines have so many pieces each."""
-    lines = np.zeros(len(pieces) + 1, np.int64)  # the token at which each line begins
-    lines[1:] = np.append(0, np.cumsum(tokens.pieces))[np.cumsum(pieces)]
-    ends = np.append(0, np.cumsum(tokens.traits[:, w.END]))
-    at = (tokens.traits[:, w.MARK] == 0).nonzero()[0]  # tokens that may begin a sentence
-    since = np.maximum(np.append(-1, at[:-1]) + 1, lines[np.searchsorted(lines, at, "right") - 1])
-    return int(np.count_nonzero(ends[at] > ends[since])) + len(pieces)
+    """Sentences of a text whose lines have so many pieces each, `pieces` [lines].
+
+    Every line begins one; within a line one begins at each word before which, since the last word, a sentence ended.
+    """
+    # the token at which each line begins, [lines + 1]
+    line_starts = np.zeros(len(pieces) + 1, np.int64)
+    line_starts[1:] = np.append(0, np.cumsum(tokens.pieces))[np.cumsum(pieces)]
+    # how many marks that end a sentence come before each token, [tokens + 1]
+    ends_before = np.append(0, np.cumsum(tokens.traits[:, w.END]))
+    words = (tokens.traits[:, w.MARK] == 0).nonzero()[0]  # tokens that may begin a sentence
+    # from the token after the word before, or from the line's beginning where that is later
+    own_line = line_starts[np.searchsorted(line_starts, words, "right") - 1]
+    since = np.maximum(np.append(-1, words[:-1]) + 1, own_line)
+    return int(np.count_nonzero(ends_before[words] > ends_before[since])) + len(pieces)
 
 
 def _fineweb(text: str, n_tokens: int) -> dict[str, float]:
-    lines = [x for x in text.split("\n") if x.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     n_lines = max(len(lines), 1)
     return {
-        "line_punct": sum(x[-1] in w.ENDS for x in lines) / n_lines,
-        "short_lines": sum(len(x) <= SHORT_LINE for x in lines) / n_lines,
+        "line_punct": sum(line[-1] in w.ENDS for line in lines) / n_lines,
+        "short_lines": sum(len(line) <= SHORT_LINE for line in lines) / n_lines,
         "dup_chars": _duplicates(lines)[1] / max(len(text) - text.count("\n"), 1),
         "line_breaks": text.count("\n") / max(n_tokens, 1),
     }
-
-
-def measure_url(url: str, blocked: Callable[[str], bool] = lambda url: False) -> dict[str, float]:
-    """The values of the `url` rules."""
-    parts = set(re.split(r"[^a-z0-9]+", url.lower()))
-    return {
-        "blocked_url": float(blocked(url)),
-        "banned_url_words": float(len(parts & BANNED_WORDS)),
-        "soft_url_words": float(len(parts & SOFT_WORDS)),
-    }
-
-
-@cache
-def blocklist(path: str) -> Callable[[str], bool]:
-    """Whether a URL is on the list in the file `path`: itself, its host, or a domain above it; `#` begins a remark.
-
-    Raises `ParamError` when the file cannot be read.
-    """
-    if not path:
-        return lambda url: False
-    try:
-        with open(resolve_path(path), encoding="utf-8") as f:
-            listed = {x.partition("#")[0].strip().lower().removeprefix("www.") for x in f} - {""}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ParamError(f"parameter 'blocked_urls': cannot read '{path}' ({error})") from None
-    pages = {re.sub(r"^https?://(www\.)?", "", x).rstrip("/") for x in listed if "/" in x}
-
-    def blocked(url: str) -> bool:
-        try:
-            host = (urlsplit(url).hostname or "").removeprefix("www.")
-        except ValueError:
-            return False
-        labels = host.split(".")
-        page = re.sub(r"^https?://(www\.)?", "", url.lower()).rstrip("/")
-        return page in pages or any(".".join(labels[i:]) in listed for i in range(len(labels)))
-
-    return blocked
 
 
 def failing(values: dict[str, float], lang: str, rule_sets: list[str], params: dict[str, float]) -> list[str]:
@@ -241,53 +206,64 @@ def _duplicates(parts: list[str]) -> tuple[int, int]:
 def _ngrams(ids: np.ndarray, times: np.ndarray, ends: np.ndarray) -> dict[str, int]:
     """Characters of the most frequent 2- to 4-gram, and of the 5- to 10-grams that came before.
 
-    `ids` are the tokens as numbers (where each comes first), `times` how often each of them comes, `ends` the
-    characters before each token. Where nothing comes twice, the first n-gram is the most frequent one.
+    `ids` [tokens]: each token as the place where the same one comes first. `times` [tokens]: how often it comes.
+    `ends` [tokens + 1]: the characters before each token. Where nothing comes twice, the first n-gram is the most
+    frequent one. Between two tokens of an n-gram a space is counted (n - 1), as datatrove joins them with one.
+
     An n-gram can come twice only where both (n-1)-grams in it do, so every round looks at those places alone,
     and numbers the n-grams there anew, exactly, by where they come first (as a suffix array is built).
     """
     chars = {f"top_{n}gram": int(ends[n]) + n - 1 if len(ids) >= n else 0 for n in (2, 3, 4)}
     chars |= {f"dup_{n}gram": 0 for n in range(5, 11)}
-    at = (times > 1).nonzero()[0]
-    grams = ids[at]
+
+    # both [places]: where an (n-1)-gram begins that comes more than once, ascending, and its number
+    places = (times > 1).nonzero()[0]
+    grams = ids[places]
     for n, name in enumerate(chars, start=2):
-        near = (at[1:] - at[:-1] == 1).nonzero()[0]
-        if not len(near):
+        # an n-gram is two (n-1)-grams one token apart
+        adjacent = (places[1:] - places[:-1] == 1).nonzero()[0]
+        if not len(adjacent):
             break
-        keys = grams[near] * len(ids) + grams[near + 1]
-        at = at[near]
+        keys = grams[adjacent] * len(ids) + grams[adjacent + 1]
+        places = places[adjacent]
+
+        # equal n-grams side by side; stable, so that the first of a run is where the n-gram comes first
         order = keys.argsort(kind="stable")
         keys = keys[order]
-        new = np.ones(len(at) + 1, bool)
-        np.not_equal(keys[1:], keys[:-1], out=new[1:-1])
-        bounds = new.nonzero()[0]
-        if len(bounds) == len(new):
+        is_start = np.ones(len(places) + 1, bool)
+        np.not_equal(keys[1:], keys[:-1], out=is_start[1:-1])
+        bounds = is_start.nonzero()[0]
+        if len(bounds) == len(is_start):  # none comes twice, so no longer one does
             break
-        sizes = bounds[1:] - bounds[:-1]
-        first = at[order[bounds[:-1]]]
+        sizes = bounds[1:] - bounds[:-1]  # [distinct n-grams], as `first`
+        first = places[order[bounds[:-1]]]
         if n <= 4:
+            # of several that are as frequent, the one that comes first
             most = sizes.max()
             top = first[sizes == most].min()
             chars[name] = int((ends[top + n] - ends[top] + n - 1) * most)
+
+        # back to the order of the text; -1 marks what comes once and drops out
         first[sizes == 1] = -1
-        grams = np.empty_like(at)
+        grams = np.empty_like(places)
         grams[order] = first.repeat(sizes)
         again = grams >= 0
-        at, grams = at[again], grams[again]
+        places, grams = places[again], grams[again]
         if n > 4:
-            chars[name] = int(_repeated(at, grams, n, ends))
+            chars[name] = int(_repeated(places, grams, n, ends))
     return chars
 
 
-def _repeated(at: np.ndarray, grams: np.ndarray, n: int, ends: np.ndarray) -> int:
-    """Characters of the n-grams `grams` at places `at` that came before, each token counted once."""
+def _repeated(places: np.ndarray, grams: np.ndarray, n: int, ends: np.ndarray) -> int:
+    """Characters of the n-grams `grams` at `places`, both [places], that came before, each token counted once."""
     seen: set[int] = set()
-    chars = free = 0
-    for i, gram in zip(at.tolist(), grams.tolist()):
-        if i >= free:
+    chars = 0
+    free = 0  # the first token that no repeated n-gram has taken
+    for place, gram in zip(places.tolist(), grams.tolist()):
+        if place >= free:
             if gram in seen:
-                chars += ends[i + n] - ends[i]
-                free = i + n
+                chars += ends[place + n] - ends[place]
+                free = place + n
             else:
                 seen.add(gram)
     return chars

@@ -13,7 +13,6 @@ import unicodedata
 from collections import Counter
 from typing import Any
 
-import duckdb
 import ftfy
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +20,7 @@ from ftfy.badness import MOJIBAKE_CATEGORIES
 
 from kit.data.engine.spark import run_tasks
 from kit.data.extract.schema import DOCUMENT
-from kit.data.refine import features, pii, quality
+from kit.data.refine import features, pii, quality, urls
 from kit.data.text import rules
 from kit.data.text.language import detect_language
 from kit.errors import ParamError
@@ -42,7 +41,9 @@ SUSPECT = (
 )
 """What a line in NFC must hold for ftfy to change it: something to remove, or what its heuristic needs at least
 (`ftfy.badness`; searching for that itself is 30 times as slow). A test holds the two against each other."""
+# line by line: ftfy decides for a whole string, and one mended line must not change the others
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
+# what these would change is typography, not damage: quotes, ligatures and full-width letters are the author's
 REPAIR = ftfy.TextFixerConfig(
     unescape_html=False, uncurl_quotes=False, fix_latin_ligatures=False, fix_character_width=False
 )
@@ -68,7 +69,9 @@ def repair(text: str) -> str:
     """Undo mojibake, normalise to NFC, drop control and direction characters, tidy white space."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
     if _suspect(text):
-        fixed = "".join(ftfy.fix_text(x, REPAIR) if _suspect(x) else x for x in LINE.findall(text))
+        fixed = "".join(
+            ftfy.fix_text(line, REPAIR) if _suspect(line) else line for line in LINE.findall(text)
+        )
         text = unicodedata.normalize("NFC", CONTROL.sub("", fixed))
     text = "\n".join([" ".join(line.split()) for line in text.split("\n")])
     if "\n\n\n" in text:
@@ -78,7 +81,7 @@ def repair(text: str) -> str:
 
 def _suspect(text: str) -> bool:
     """Whether there may be anything in it for ftfy, NFC or `CONTROL` to change."""
-    return any(x.search(text) for x in SUSPECT) or not unicodedata.is_normalized("NFC", text)
+    return any(pattern.search(text) for pattern in SUSPECT) or not unicodedata.is_normalized("NFC", text)
 
 
 def measured_rule_sets(p: Refining) -> set[str]:
@@ -87,7 +90,10 @@ def measured_rule_sets(p: Refining) -> set[str]:
 
 
 def verdict(row: dict[str, Any], p: Refining) -> tuple[list[str], str | None]:
-    """Names of all rules a tagged document breaks, and the first of them: its `drop_reason`."""
+    """Names of all rules a tagged document breaks, and the first of them: its `drop_reason`.
+
+    In this order: the URL, the language, then the other rule sets in the order of `RULES`.
+    """
     broken = quality.failing(row["tags"], row["lang"], [r for r in p.quality_rules if r == "url"], dict(p))
     if row["lang_score"] < p.min_lang_score:
         broken.append("language: uncertain")
@@ -107,12 +113,14 @@ def refine_rows(rows: list[dict[str, Any]], p: Refining) -> list[dict[str, Any]]
     """
     texts = [repair(row["text"]) for row in rows]
     languages = [detect_language(text) for text in texts]
-    sets, empty = measured_rule_sets(p), dict.fromkeys(rules.COLUMNS)
+    sets = measured_rule_sets(p)
+    # every column is there in every row: null says that a rule was not measured
+    empty = dict.fromkeys(rules.COLUMNS)
     moving = [quality.rule_values(text, sets, p.c4_lines) for text in texts]
     tags = [empty | values for _, values in moving]
     if "url" in sets:
-        blocked = quality.blocklist(p.blocked_urls)
-        tags = [t | quality.measure_url(row["url"], blocked) for t, row in zip(tags, rows)]
+        blocked = urls.blocklist(p.blocked_urls)
+        tags = [t | urls.measure_url(row["url"], blocked) for t, row in zip(tags, rows)]
     moving = [text for text, _ in moving]
     return [_refined(*values, p) for values in zip(rows, texts, moving, languages, tags)]
 
@@ -126,12 +134,14 @@ def _refined(
     p: Refining,
 ) -> dict[str, Any]:
     """A row with what was found out about its repaired text, masked and judged; `text` is what moves on."""
-    (lang, score), types = language, tuple(p.pii_types)
+    lang, score = language
+    types = tuple(p.pii_types)
 
     def clean(value: str | None) -> str:
         fixed = repair(value) if value else ""
         return pii.mask(fixed, lang, types)[0] if p.mask_pii and fixed else fixed
 
+    # counted even where it is not masked: a user sees what a mask would have taken
     masked, counts = pii.mask(text, lang, types) if types else (text, {})
     text = masked if p.mask_pii else text
     refined = row | {
@@ -178,8 +188,9 @@ def check_rules(p: Refining) -> None:
             if word not in words:
                 hint = did_you_mean(word, list(words)) or f"; there are {', '.join(words)}"
                 raise ParamError(f"parameter '{name}': there is no '{word}'{hint}")
+    # both raise for what they cannot read, here and not in the first of a thousand tasks
     rules.overrides(tuple(p.thresholds))
-    quality.blocklist(p.blocked_urls)
+    urls.blocklist(p.blocked_urls)
 
 
 def refine_documents(p: RefineText, lake: Lake) -> Manifest:
@@ -193,6 +204,8 @@ def refine_documents(p: RefineText, lake: Lake) -> Manifest:
         source, last = out.read("20_extract_text"), lake.manifest(p.run, p.stage)
         if p.blocked_urls:
             out.read_outside(p.blocked_urls)
+
+        # the tags of the last result serve where text, masks and measured rules would come out the same
         again = last is not None and out.same_work(last, but=p.judging())
         again = again and measured_rule_sets(p) == measured_rule_sets(RefineText.parse(last.params))
         given = last if again else source
@@ -204,6 +217,7 @@ def refine_documents(p: RefineText, lake: Lake) -> Manifest:
             name, path = task
             table = step(lake.read_part(path), p)
             account = Account.of_verdicts(table["drop_reason"].to_pylist())
+            # null is no zero: the type was not looked for
             pii_counts = Counter()
             for row in table["pii"].to_pylist():
                 pii_counts.update({k: v for k, v in row.items() if v is not None})
@@ -227,8 +241,12 @@ class Verdicts:
     """The tags of a refined result in memory, to judge them again in milliseconds while somebody moves a slider."""
 
     EXCERPT = 240
+    """Characters of a text that are kept in memory, to be looked at."""
 
     def __init__(self, lake: Lake, manifest: Manifest) -> None:
+        # imported here: the function that refines what lands imports this module and has no DuckDB
+        import duckdb
+
         self.params = manifest.params
         columns = ["url", "text", "tags", "lang", "lang_score", "drop_reason"]
         tables = []
@@ -236,6 +254,7 @@ class Verdicts:
             table = lake.read_part(path, columns)
             short = pc.utf8_slice_codeunits(table["text"], 0, self.EXCERPT)
             tables.append(table.set_column(table.schema.get_field_index("text"), "text", short))
+        # tags as columns of a table of its own: unnesting them in every query would take as long as the query
         self.db = duckdb.connect()
         self.db.register("given", pa.concat_tables(tables))
         self.db.execute("CREATE TABLE given_tags AS SELECT * EXCLUDE tags, unnest(tags) FROM given")
@@ -249,9 +268,10 @@ class Verdicts:
         # quoted: DuckDB reads a bare number as a decimal, which as a double may be its neighbour
         language = [f"WHEN lang_score < '{p.min_lang_score}'::DOUBLE THEN 'language: uncertain'"]
         if p.keep_languages:
-            kept = ", ".join("'" + x.replace("'", "''") + "'" for x in p.keep_languages)
+            kept = ", ".join("'" + code.replace("'", "''") + "'" for code in p.keep_languages)
             language.append(f"WHEN lang NOT IN ({kept}) THEN 'language: not kept'")
         scope = {"english": "lang = 'en'", "spaces": f"lang NOT IN {tuple(sorted(rules.UNSPACED_LANGUAGES))}"}
+        # URL rules stand before the language, all others after it, as in `verdict`
         cases: dict[bool, list[str]] = {True: [], False: []}
         for rule in (r for r in rules.RULES if r.rule_set in p.quality_rules):
             low, high = rule.bounds(params)
@@ -266,8 +286,9 @@ class Verdicts:
 
         Raises `ParamError` for what is no parameter of the stage or a rule set that was not measured.
         """
-        told = f"SELECT coalesce({self._sql(moved)}, 'kept'), count(*) FROM given_tags GROUP BY 1 ORDER BY 2 DESC, 1"
-        return dict(self.db.execute(told).fetchall())
+        reason = f"coalesce({self._sql(moved)}, 'kept')"
+        query = f"SELECT {reason}, count(*) FROM given_tags GROUP BY 1 ORDER BY 2 DESC, 1"
+        return dict(self.db.execute(query).fetchall())
 
     def changed(self, most: int = 5, **moved: Any) -> list[dict[str, Any]]:
         """Documents that would change sides, at most so many each way, with how their texts begin."""

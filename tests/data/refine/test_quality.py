@@ -15,12 +15,11 @@ from kit.data.refine.quality import (
     BULLETS,
     ELLIPSES,
     LINE_PHRASES,
-    blocklist,
     c4,
     failing,
-    measure_url,
     rule_values,
 )
+from kit.data.refine.urls import measure_url
 from kit.data.text import words
 from kit.data.text.language import detect_language
 from kit.data.text.rules import COLUMNS, RULE_SETS, RULES, overrides
@@ -163,33 +162,6 @@ def test_only_the_lines_that_c4_keeps_move_on_if_asked_for() -> None:
     assert moved == kept
     assert (values["line_punct"], values["sentences"]) == (1 / 2, 2)
     assert rule_values("Menu\nHome", SETS, c4_lines=True)[0] == "Menu\nHome", "a text is never emptied"
-
-
-def test_a_blocked_url_is_told_by_page_host_or_domain(tmp_path: Path) -> None:
-    path = tmp_path / "list.txt"
-    path.write_text("# ours\nspam.example\nwww.shop.bad.example # a host\nhttps://fine.example/only/this/\n")
-    blocked = blocklist(str(path))
-    for url in (
-        "http://spam.example/",
-        "https://a.spam.example/x",
-        "http://www.shop.bad.example",
-        "http://fine.example/only/this",
-    ):
-        assert blocked(url), url
-    for url in (
-        "http://nospam.example/",
-        "https://bad.example/",
-        "http://fine.example/only",
-        "http://[x",
-        "",
-    ):
-        assert not blocked(url), url
-    assert measure_url("http://a.example/casino/poker-Casino.html", blocked) == {
-        "blocked_url": 0, "banned_url_words": 0, "soft_url_words": 2
-    }  # fmt: skip
-    assert measure_url("http://essex.example/adults/")["banned_url_words"] == 0
-    with pytest.raises(ParamError, match="blocked_urls"):
-        blocklist(str(tmp_path / "none"))
 
 
 def plain_measure(text: str) -> dict[str, float]:

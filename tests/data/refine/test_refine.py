@@ -408,7 +408,7 @@ def test_what_would_change_sides_is_shown_with_its_text(data_lake: Lake, refined
 
 
 def test_what_is_not_asked_for_is_null_and_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("pii.mask", "features.measure", "quality.measure_url"):
+    for name in ("pii.mask", "features.text_features", "urls.measure_url"):
         monkeypatch.setattr(f"kit.data.refine.{name}", None)
     row = refine_one(
         document("ask jo@site.example " * 30),
