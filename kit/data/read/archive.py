@@ -1,7 +1,7 @@
 """Web archives: where records begin and end in WARC, WAT, WET and ARC files, plain, gzip or zstd.
 
-    for found in archive.records("s3://…/CC-MAIN-….warc.gz"):
-        print(found if isinstance(found, archive.Damage) else found.url)
+    for item in archive.records("s3://…/CC-MAIN-….warc.gz"):
+        print(item if isinstance(item, archive.Damage) else item.url)
 
 One pass from front to back, over a disk, HTTPS or S3. Framing is done here, because the libraries stop at the
 first damage, some without a word: here reading goes on at the next gzip member or record head, and every byte
@@ -29,9 +29,20 @@ from kit.data.read.unpack import GZIP, Break, Piece, pieces, zlib
 from kit.errors import ArchiveError, RecordError
 
 __all__ = [
-    "PAGE_RECORDS", "ArchiveError", "Damage", "Entry", "Page", "Record", "RecordError",
-    "list_archives", "parse_page", "read_bytes", "records", "scan_archive", "unpacked",
-]  # fmt: skip
+    "PAGE_RECORDS",
+    "ArchiveError",
+    "Damage",
+    "Entry",
+    "Page",
+    "Record",
+    "RecordError",
+    "list_archives",
+    "parse_page",
+    "read_bytes",
+    "records",
+    "scan_archive",
+    "unpacked",
+]
 
 SUFFIX = re.compile(r"\.(warc|wat|wet|arc)(\.(warc|wat|wet|txt))*(\.gz|\.zst)?(\.open)?$", re.IGNORECASE)
 NEXT_HEAD = re.compile(
@@ -39,6 +50,7 @@ NEXT_HEAD = re.compile(
 )
 ROWS = re.compile(r"\.(csv|tsv|txt|jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 """Files of rows, which `kit.data.read.rows` reads."""
+# longer than any line that `NEXT_HEAD` can match, so that one cut in two by a piece's end is seen whole the next time
 OVERLAP = 1 << 12
 BLANK = re.compile(rb"[\r\n]*")
 BLANK_LINES = re.compile(rb"\r{0,2}\n\r{0,2}\n")
@@ -46,6 +58,7 @@ READ_AHEAD = 8 << 20
 """Bytes asked for at a time where each question costs: over HTTPS and from S3."""
 KEEP = 64 << 20
 """Bytes of a record that are kept at most; of longer ones the start is, and the digest of the whole."""
+# both mean that nothing can be unpacked here: where one ends and the other begins says nothing to a reader
 MUTE = {"gzip member corrupt", "not gzip"}
 
 
@@ -87,22 +100,24 @@ def list_archives(paths: list[str]) -> list[str]:
 
     Of a folder without archives the files of rows are taken: beside archives they are lists and notes.
     """
-    found: list[str] = []
+    archives: list[str] = []
     for path in paths:
         fs, root = fsspec.core.url_to_fs(resolve_path(path))
         if fs.isdir(root):
             files = fs.find(root)
+            # beside archives, text files are lists and notes
             inside = [f for f in files if SUFFIX.search(f)] or [f for f in files if ROWS.search(f)]
             if not inside:
                 raise ArchiveError(
                     f"no WARC, WAT, WET or ARC file and no CSV, TSV, text or JSON Lines in '{path}'"
                 )
-            found += [fs.unstrip_protocol(f) if "://" in path else f for f in inside]
+            archives += [fs.unstrip_protocol(f) if "://" in path else f for f in inside]
         elif fs.exists(root):
-            found.append(resolve_path(path))
+            archives.append(resolve_path(path))
         else:
             raise ArchiveError(f"archive '{path}' does not exist")
-    return sorted(set(found))
+    # a folder and a file in it may both be named: its pages must not come twice
+    return sorted(set(archives))
 
 
 def records(path: str, name: str = "") -> Iterator[Record | Damage]:
@@ -135,19 +150,23 @@ def opened(path: str) -> BinaryIO:
 def scan_archive(path: str, name: str) -> Iterator[Entry | Damage]:
     """`records` as index rows; the digest is that of the whole block, for want of the crawler's own."""
     for r in records(path, name):
-        yield r if isinstance(r, Damage) else Entry(
-            warc_filename=name,
-            warc_record_offset=r.offset,
-            warc_record_length=r.length,
-            wrapping=r.wrapping,
-            record_type=r.type,
-            url=r.url,
-            fetch_time=r.time,
-            fetch_status=r.status,
-            content_mime_detected=r.mime,
-            content_digest=r.digest,
-            content_truncated=r.head.get("warc-truncated"),
-        )  # fmt: skip
+        yield (
+            r
+            if isinstance(r, Damage)
+            else Entry(
+                warc_filename=name,
+                warc_record_offset=r.offset,
+                warc_record_length=r.length,
+                wrapping=r.wrapping,
+                record_type=r.type,
+                url=r.url,
+                fetch_time=r.time,
+                fetch_status=r.status,
+                content_mime_detected=r.mime,
+                content_digest=r.digest,
+                content_truncated=r.head.get("warc-truncated"),
+            )
+        )
 
 
 def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: int) -> bytes:
@@ -155,6 +174,7 @@ def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: 
 
     `max_bytes` bounds a record and what a gzip member may unpack to. `stream` wrapping takes the unpacked file as `f`.
     """
+    # before reading: an index may claim any length
     if length > max_bytes:
         raise RecordError("record too large")
     f.seek(offset)
@@ -162,6 +182,7 @@ def read_bytes(f: BinaryIO, offset: int, length: int, wrapping: str, max_bytes: 
     if len(data) < length:
         raise RecordError("range past end of file")
     if wrapping == "member" or (wrapping == "" and data[:3] == GZIP):
+        # 31: zlib's largest window, with gzip's head and checksum; bounded, as a page of zeros packs a thousandfold
         unzip = zlib.decompressobj(31)
         try:
             plain = unzip.decompress(data, max_bytes)
@@ -181,12 +202,13 @@ def unpacked(f: BinaryIO) -> BinaryIO:
     return out
 
 
-def _merged(found: Iterator[Record | Damage]) -> Iterator[Record | Damage]:
+def _merged(items: Iterator[Record | Damage]) -> Iterator[Record | Damage]:
     """The same with neighbouring stretches of one kind of damage told as one."""
     held: Damage | None = None
-    for item in found:
+    for item in items:
         if held and isinstance(item, Damage):
             same = held.reason == item.reason or {held.reason, item.reason} <= MUTE
+            # only where the bytes follow each other, counted the same way: else a whole record lies between
             if same and (held.wrapping, held.offset + held.length) == (item.wrapping, item.offset):
                 held = replace(held, length=held.length + item.length)
                 continue
@@ -265,12 +287,14 @@ class _Framer:
     def _alone(self, piece: Piece) -> Record | None:
         """The record that is a gzip member of its own, as nearly all are; anything else goes through the window."""
         data = piece.data
+        # in one piece, from its first to its last byte
         if piece.start is None or piece.end is None or piece.broken:
             return None
         head = find_head(data)
         if isinstance(head, str) or head.length is None:
             return None
         end = head.size + head.length
+        # longer than said, or something behind it: then the table in the class's docstring has to decide
         if end > len(data) or data[end:].strip(b"\r\n"):
             return None
         place = piece.start, piece.end - piece.start, "member"
@@ -320,6 +344,7 @@ class _Framer:
 
     def _cross(self, broken: Break) -> Damage:
         """The damage that a break is told as; reading goes on behind it."""
+        # of a member that gave whole records only the rest is damaged
         nothing_whole = self.failed and not self.failed.whole_records
         offset = self.failed.file_start if nothing_whole else broken.offset
         self.members.clear()
@@ -356,6 +381,7 @@ class _Framer:
         """The head at the front of the window, which may have to grow for it, or why there is none."""
         head = find_head(self.window)
         tried = 0
+        # twice as much each time: the window is searched from its front again, so single pieces would cost the square
         while isinstance(head, str) and tried < len(self.window) < HEAD_BYTES:
             tried = len(self.window)
             self._fill(2 * tried)
@@ -366,6 +392,7 @@ class _Framer:
         """What has no head up to the next one: damage, or a record whose head has lost its end but says something."""
         end = self._next_head(1)
         raw = bytes(self.window[: min(end, HEAD_BYTES)])
+        # one line alone may be any line of a text; with a second one it has been the head of something
         has_fields = raw.strip().count(b"\n")
         if reason == "record head without end" and has_fields and end <= HEAD_BYTES:
             yield from self._record(Head(raw, end, 0), end, reason)
@@ -374,13 +401,16 @@ class _Framer:
 
     def _record(self, head: Head, end: int, reason: str | None) -> Iterator[Record | Damage]:
         """The record that the window holds up to `end`, its damage behind it; the window moves on."""
+        # where only line ends are left before the break, this record is the last that the member gave
         at_break = isinstance(self.stop, Break) and BLANK.match(self.window, end).end() == len(self.window)
         if at_break and (reason or self.stop.reason == "gzip member corrupt"):
             reason = self.stop.reason
         length = head.length if head.length is not None else end
+        # by a view: slicing the window itself would copy the block twice
         with memoryview(self.window) as window:
             block = bytes(window[head.size : min(end, head.size + length)])
         member = self.members[0] if self.members else None
+        # before the window moves on, since both look at what lies in it
         place = self._place(member, self.start, end)
         if member and not reason:
             member.whole_records += 1
@@ -399,12 +429,14 @@ class _Framer:
         self._drop(head.size)
         digest = hashlib.sha1()
         left = head.length
+        # a head may lie: where a member begins with another head, this record has ended
         while left and self._fill(1) and self._member_head(0, 1) is None:
             size = min(left, len(self.window))
             size = self._member_head(1, size) or size
             digest.update(bytes(self.window[:size]))
             self._drop(size)
             left -= size
+        # whole, if its length was read and something that can follow a record follows
         reason = None
         if left:
             reason = self.stop.reason if isinstance(self.stop, Break) else "record cut short"
@@ -420,6 +452,7 @@ class _Framer:
 
     def _lost(self, end: int, reason: str) -> Iterator[Damage]:
         """The window up to `end` as damage, unless it is of a broken member that is told from its start on."""
+        # dropping moves `start`, and the window is looked at afterwards
         failed, start = self.failed, self.start
         self._drop(end)
         told_by_break = (
@@ -430,6 +463,7 @@ class _Framer:
 
     def _place(self, member: _Member | None, start: int, end: int) -> tuple[int, int, str]:
         """Offset, length and wrapping of the record from `start` up to the window's `end`; it may fill `member`."""
+        # a member of its own can be read alone later: worth looking whether it ends where the record does
         if member and member.unpacked_start == start:
             blank = BLANK.match(self.window, end).end()
             # blank lines may go on in the next piece of the same member
@@ -444,6 +478,7 @@ class _Framer:
         self._fill(end + 6)  # two line ends of three bytes are what `BLANK_LINES` can need
         if BLANK_LINES.match(self.window, end):
             return True
+        # one line end, or none, as some writers leave: then a head must follow, which may be long
         self._fill(end + HEAD_BYTES)
         blank = BLANK.match(self.window, end).end()
         return blank == len(self.window) or bool(START.match(self.window, blank))
@@ -477,5 +512,6 @@ class _Framer:
             # a head that begins in the last bytes is not whole yet, so they are searched again
             searched = max(size - OVERLAP, searched)
             self._fill(size + OVERLAP)
+            # nothing more came, or so much without a head that what is there goes as one damage
             if size >= KEEP or size == len(self.window):
                 return len(self.window)

@@ -18,6 +18,7 @@ def decode(payload: bytes, http_charset: str | None) -> tuple[str, str]:
     Bytes that are valid UTF-8 are UTF-8, whatever the heads claim (by chance they would not be). Otherwise the
     first claim that decodes without error wins: HTTP head, `<meta>`, a guess from the bytes.
     """
+    # a byte order mark is no accident
     if payload[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return payload.decode("utf-16", "replace").lstrip("\ufeff"), "utf-16"
     escapes = b"\x1b$" in payload[:4096]  # ISO-2022-JP is ASCII to a UTF-8 decoder
@@ -26,6 +27,7 @@ def decode(payload: bytes, http_charset: str | None) -> tuple[str, str]:
             return payload.decode("utf-8-sig"), "utf-8"
         except UnicodeDecodeError:
             pass
+    # HTML wants the element within the first 1,024 bytes; comments and scripts push it further down
     meta = META_CHARSET.search(payload[:4096])
     guess = _codec(detect_encoding(payload[:65536]) or "utf-8")
     claims = [_codec(c) for c in (http_charset, meta[1].decode("latin-1") if meta else None) if c]

@@ -23,6 +23,7 @@ from kit.errors import Missing, RecordError
 __all__ = ["Read", "may_retry", "plan_ranges", "read_ranges"]
 
 Row = dict[str, Any]
+# failures that hang on how long a read is: of these, each row is asked for by itself
 SMALLER_MAY_WORK = ("timeout", "connection reset", "short body", "wrong Content-Range", "unreadable")
 
 
@@ -48,6 +49,7 @@ def plan_ranges(rows: Iterable[Row], gap_bytes: int = 1 << 20, max_bytes: int = 
         end = start + length if start >= 0 and length > 0 else start
         if read and read.file == row["warc_filename"] and read.start <= start <= read.end + gap_bytes:
             both = max(read.end, end)
+            # an empty range stays a read of its own, so that its error falls on its row alone
             if read.start < read.end and start < end and both - read.start <= max_bytes:
                 read.end = both
                 read.rows.append(row)
@@ -68,28 +70,28 @@ def read_ranges(base: str, rows: Iterable[Row], **limits: int) -> Iterator[tuple
     """
     fs, root = fsspec.core.url_to_fs(resolve_path(base))
     if "s3" in fs.protocol:
-        fs = _patient_s3(fs)
+        fs = _patient_s3(fs)  # botocore's own retries would multiply with those here
     for read in plan_ranges(rows, **limits):
-        found = _fetch(fs, root, read)
-        if len(read.rows) == 1 or isinstance(found, bytes) or not found.reason.endswith(SMALLER_MAY_WORK):
-            yield from _shares(read, found)
+        result = _fetch(fs, root, read)
+        if len(read.rows) == 1 or isinstance(result, bytes) or not result.reason.endswith(SMALLER_MAY_WORK):
+            yield from _shares(read, result)
             continue
         failed = 0
         for one in plan_ranges(read.rows, max_bytes=0):
             # some in a row: it is no single record's fault, and asking for hundreds more would not be polite
-            found = _fetch(fs, root, one) if failed < GIVE_UP_AFTER else found
-            failed = 0 if isinstance(found, bytes) else failed + 1
-            yield from _shares(one, found)
+            result = _fetch(fs, root, one) if failed < GIVE_UP_AFTER else result
+            failed = 0 if isinstance(result, bytes) else failed + 1
+            yield from _shares(one, result)
 
 
-def _shares(read: Read, found: bytes | RecordError) -> Iterator[tuple[Row, bytes | RecordError]]:
+def _shares(read: Read, result: bytes | RecordError) -> Iterator[tuple[Row, bytes | RecordError]]:
     """Each row's own bytes out of what a read found; a failure is shared by all."""
     for row in read.rows:
-        if not isinstance(found, bytes):
-            yield row, found
+        if not isinstance(result, bytes):
+            yield row, result
             continue
         start = row["warc_record_offset"] - read.start
-        share = found[start : start + row["warc_record_length"]]
+        share = result[start : start + row["warc_record_length"]]
         whole = len(share) == row["warc_record_length"]
         yield row, share if whole else RecordError("range past end of file")
 
@@ -111,6 +113,7 @@ def _fetch(fs: AbstractFileSystem, root: str, read: Read) -> bytes | RecordError
 
 def _patient_s3(fs: Any) -> Any:
     """The same S3 file system without retries of its own: there is one policy for all that is fetched."""
+    # fsspec caches file systems by their options: changing the cached one would change it for the lake, too
     fs = type(fs)(*fs.storage_args, skip_instance_cache=True, **fs.storage_options)
     limits = dict.fromkeys(("connect_timeout", "read_timeout"), polite.policy.timeout_s)
     fs.config_kwargs = limits | fs.config_kwargs | {"retries": {"max_attempts": 0}}

@@ -1,7 +1,8 @@
 """Polite HTTP for the whole kit: importing this makes `fsspec.open("https://…")` go through `PoliteHTTP`.
 
-One rate for the process (`kit.data.read.rate` shares out a job's), time-outs on everything, back-off that honours `Retry-After`. Common Crawl answers 403
-and 503 when it is asked too fast, and calls one retry a second polite (https://status.commoncrawl.org).
+One rate for the process (`kit.data.read.rate` shares out a job's), time-outs on everything, back-off that honours
+`Retry-After`. Common Crawl answers 403 and 503 when it is asked too fast, and calls one retry a second polite
+(https://status.commoncrawl.org).
 
 Bounded are: connecting, the silence between two packets, an answer's whole head, and its body by a least speed.
 Not bounded: the name resolver (it has time-outs of its own) and a TLS handshake that drips.
@@ -35,8 +36,12 @@ from kit.errors import FetchError, Missing
 
 READ_AHEAD_BYTES, PIECE_BYTES = 1 << 20, 1 << 18
 INFO_S, MAX_REDIRECTS, GIVE_UP_AFTER = 60.0, 5, 3
+# a pause doubles from one second to one minute; a server that asks for more than five minutes is asked again sooner, as
+# a typing error in a header must not stop a job for a day
 PAUSE_S, MAX_PAUSE_S, MAX_RETRY_AFTER_S = 1.0, 60.0, 300.0
 CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)", re.IGNORECASE)
+# 403 is among them: it is how Common Crawl says "too fast"; 501 and 505 are not, a server will not learn a method or
+# version while we wait
 TRANSIENT = re.compile(
     r"fetch: (HTTP (403|408|425|429|5(?!01|05)\d\d)|timeout|connection reset|no connection|TLS error"
     r"|short body|wrong Content-Range|no credentials)|archive file unreadable"
@@ -81,9 +86,11 @@ class Gate:
             with self.lock:
                 now = clock()
                 start = max(self.paused.get(host, 0.0), self.next if limited else 0.0)
+                # the next slot is taken before the lock is let go: two threads cannot have the same one
                 if start <= now:
                     self.next = now + 1 / policy.requests_per_s if limited else self.next
                     return
+            # outside the lock, so that others may ask other hosts meanwhile
             sleep(start - now)
 
     def hold(self, seconds: float) -> None:
@@ -137,6 +144,7 @@ def persist(host: str, attempt: Callable[[], Any]) -> Any:
         except FetchError as error:
             if not (may_retry(error.reason) if error.again is None else error.again):
                 raise
+            # the pause is the host's, not this call's: whoever else asks it waits as well
             gate.pause(host, tried, error.wait_s)
             last = error
         else:
@@ -156,9 +164,10 @@ def named(error: Exception, uri: str) -> FetchError:
     if isinstance(answer, dict):  # botocore; S3 refuses with 403 for good, its "too fast" is 503
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return FetchError(f"fetch: HTTP {status}", uri, again=status >= 429)
+    # a client's error wraps a library's, which wraps a socket's: the innermost often names the cause
     chain = [error]
-    for found in chain:
-        inside = [*found.args, getattr(found, "reason", None), found.__cause__]
+    for link in chain:
+        inside = [*link.args, getattr(link, "reason", None), link.__cause__]
         chain += [e for e in inside if isinstance(e, Exception) and e not in chain]
     names = " ".join(type(e).__name__ for e in chain)
     for pattern, reason in KINDS.items():
@@ -211,6 +220,7 @@ class _Adapter(HTTPAdapter):
 @functools.cache
 def _session() -> requests.Session:
     session = requests.Session()
+    # identity: ranges are of the bytes as stored, and a server that compressed them would answer others
     session.headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
     for scheme in PoliteHTTP.protocol:
         session.mount(f"{scheme}://", _Adapter(pool_maxsize=32))
@@ -268,11 +278,17 @@ def _body(answer: requests.Response, length: int, url: str) -> bytes:
 def _range(url: str, start: int, end: int) -> tuple[bytes, dict[str, Any]]:
     """Bytes `start` to `end` (not included), fewer where the file ends before, and what the answer tells of it."""
     with closing(_ask(url, f"bytes={start}-{end - 1}")) as answer:
-        told = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
-        size = int(told[3]) if told and told[3] != "*" else None
+        content_range = CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", "").strip())
+        size = int(content_range[3]) if content_range and content_range[3] != "*" else None
         data = b""
+        # 206: a part, and it must be the part that was asked for. 416: nothing there, the file is shorter. All else,
+        # 200 included, would bring bytes from another place, or a whole archive
         if answer.status_code == 206:
-            first, stop = (int(told[1]), int(told[2]) + 1) if told and told[1] else (-1, -1)
+            first, stop = (
+                (int(content_range[1]), int(content_range[2]) + 1)
+                if content_range and content_range[1]
+                else (-1, -1)
+            )
             if first != start or not (stop == end or (start < stop < end and stop == size)):
                 raise FetchError("fetch: wrong Content-Range", url)
             data = _body(answer, stop - start, url)
@@ -329,6 +345,7 @@ class PoliteHTTP(AbstractFileSystem):
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes of a file from `start` to `end` (not included), fewer where the file ends before."""
         if end is None or end < 0 or (start or 0) < 0:
+            # as Python counts from the end; only here the size has to be asked for
             start, end, _ = slice(start, end).indices(self.info(path)["size"])
         first, stop = start or 0, end
         return persist(host_of(path), lambda: _range(path, first, stop))[0] if first < stop else b""
@@ -347,6 +364,7 @@ class HTTPFile(AbstractBufferedFile):
     """A seekable file opened over HTTP, as long as it was when it was opened."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        # fewer bytes than the file had when it was opened: it has changed under the reader
         data = self.fs.cat_file(self.path, start, end)
         if len(data) < end - start:
             raise FetchError("fetch: short body", self.path)

@@ -29,6 +29,7 @@ HEAD_END = re.compile(rb"\n\r{0,2}\n")
 CONTENT_LENGTH = re.compile(rb"\ncontent-length[ \t]*:[ \t]*(\d{1,18})[ \t\r]*(?:\n|\Z)", re.IGNORECASE)
 STATUS = re.compile(rb"HTTP/\S*\s+(\d{3})\b")
 CHARSET = re.compile(r"charset\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE)
+# control characters that no text holds (tab, line ends and escape, which ISO-2022 needs, are left out)
 BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 ZLIB_BITS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}
 """Window bits to try for each content encoding that zlib knows; servers send `deflate` with and without a head."""
@@ -66,10 +67,11 @@ def find_head(window: bytes | bytearray) -> Head | str:
     """The record head at the start of `window`, or why there is none."""
     if not START.match(window):
         return "no record head"
+    # an ARC head is one line, whose last word is the length
     if window[:5].upper() != b"WARC/":
         line = bytes(window[: window.find(b"\n", 0, HEAD_BYTES) + 1])
-        told = line.rsplit(None, 1)[-1] if line else b""
-        length = int(told) if told.isdigit() and len(told) <= 18 else None
+        last_word = line.rsplit(None, 1)[-1] if line else b""
+        length = int(last_word) if last_word.isdigit() and len(last_word) <= 18 else None
         return Head(line, len(line), length, arc=True) if line else "record head without end"
     # where the next record's head begins first, this one has no end; looked for near first: heads may be all there is
     end = HEAD_END.search(window, 0, 1 << 10) or HEAD_END.search(window, 0, _next_version(window))
@@ -80,33 +82,35 @@ def find_head(window: bytes | bytearray) -> Head | str:
 
 
 def _next_version(window: bytes | bytearray) -> int:
-    found = window.find(b"\nWARC/", 0, HEAD_BYTES)
-    return HEAD_BYTES if found < 0 else found
+    position = window.find(b"\nWARC/", 0, HEAD_BYTES)
+    return HEAD_BYTES if position < 0 else position
 
 
 def content_length(raw: bytes) -> int | None:
     """What a WARC head says of the length of its block, None where that is no number."""
-    told = CONTENT_LENGTH.search(raw)
-    if told:
-        return int(told[1])
+    match = CONTENT_LENGTH.search(raw)
+    if match:
+        return int(match[1])
     value = parse_fields(raw).get("content-length", "")  # a folded line, or none that counts
     return int(value) if re.fullmatch("[0-9]{1,18}", value) else None
 
 
 def parse_fields(head: bytes) -> dict[str, str]:
     """The fields of a WARC or HTTP head by lower-case name; of a name that comes twice, the first."""
+    # heads are ASCII by the letter; servers send UTF-8 and anything else, and Latin-1 decodes every byte
     try:
         text = head.decode()
     except UnicodeDecodeError:
         text = head.decode("latin-1")
     if "\n " in text or "\n\t" in text:  # folded lines belong to the one before
         text = re.sub(r"\r?\n[ \t]+", " ", text)
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
+    # the first line is the version or the status
     for line in text.split("\n")[1:]:
         key, colon, value = line.partition(":")
         if colon:
-            found.setdefault(key.strip().lower(), value.strip())
-    return found
+            fields.setdefault(key.strip().lower(), value.strip())
+    return fields
 
 
 class Record:
@@ -118,9 +122,16 @@ class Record:
     """
 
     def __init__(
-        self, head: Head, block: bytes, name: str = "", offset: int = 0, length: int = 0, wrapping: str = "",
-        damage: str | None = None, long_digest: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        head: Head,
+        block: bytes,
+        name: str = "",
+        offset: int = 0,
+        length: int = 0,
+        wrapping: str = "",
+        damage: str | None = None,
+        long_digest: str | None = None,
+    ) -> None:
         self.raw_head, self.block = head, block
         self.warc_filename, self.offset, self.length, self.wrapping = name, offset, length, wrapping
         self.damage = damage
@@ -135,6 +146,7 @@ class Record:
         """Fields of the WARC head by lower-case name; those of an ARC line under the names WARC has for them."""
         if not self.raw_head.arc:
             return parse_fields(self.raw_head.raw)
+        # version 1 has five words; of version 2 only those are read that both have in the same place
         words = self.raw_head.raw.decode("latin-1").strip().split(" ")
         url, date, mime = [*words, "", "", "", ""][0], *[*words, "", "", "", ""][2:4]
         kind = "warcinfo" if url.startswith("filedesc:") else "response"
@@ -148,22 +160,26 @@ class Record:
     @property
     def url(self) -> str:
         """What the record is about, empty for records about the archive."""
+        # WARC 1.0 showed addresses in angle brackets, and wget still writes them
         return self.head.get("warc-target-uri", "").strip("<>")
 
     @property
     def time(self) -> datetime | None:
         """When it was fetched, naive UTC."""
+        # naive, as Parquet's timestamps without a zone are, which the index has
         return parse_time(self.head.get("warc-date"))
 
     @cached_property
     def _http_end(self) -> int | None:
         """Where the HTTP body begins in the block; None where the block is no HTTP answer."""
+        # an ARC line does not say what it holds: the address must; Gemini's answers come as `response`, too
         if self.raw_head.arc:
             is_http = self.url.startswith("http")
         else:
             is_http = self.type == "response" and "gemini" not in self.head.get("content-type", "")
         if not is_http or not self.block.startswith(b"HTTP/"):
             return 0 if is_http else None
+        # a head without an end is all head: what follows it was lost
         end = HEAD_END.search(self.block)
         return end.end() if end else len(self.block)
 
@@ -175,8 +191,8 @@ class Record:
     @property
     def status(self) -> int | None:
         """HTTP status; 200 for a page that came by other ways, None for records that hold no page."""
-        told = STATUS.match(self.block) if self._http_end else None
-        return int(told[1]) if told else 200 if self.type in PAGE_RECORDS else None
+        match = STATUS.match(self.block) if self._http_end else None
+        return int(match[1]) if match else 200 if self.type in PAGE_RECORDS else None
 
     @property
     def content_type(self) -> str:
@@ -188,8 +204,8 @@ class Record:
     @property
     def charset(self) -> str | None:
         """Charset named in the content type."""
-        told = CHARSET.search(self.content_type)
-        return told[1] if told else None
+        match = CHARSET.search(self.content_type)
+        return match[1] if match else None
 
     @property
     def stored(self) -> bytes:
@@ -204,8 +220,8 @@ class Record:
     @property
     def mime(self) -> str:
         """MIME type: what the crawler identified, else the content type, else a look at the bytes."""
-        told = self.head.get("warc-identified-payload-type") or self.content_type
-        return sniffed(told, self.stored[:1024])
+        claimed = self.head.get("warc-identified-payload-type") or self.content_type
+        return sniffed(claimed, self.stored[:1024])
 
     @property
     def digest(self) -> str:
@@ -215,6 +231,7 @@ class Record:
     @property
     def truncated(self) -> str | None:
         """Why the crawler cut the page off (`length`, `time`, …), or that the archive lost its end; None if whole."""
+        # of a record too long to keep, the block here is short on purpose
         length = self.raw_head.length
         cut = self.long_digest is None and length is not None and len(self.block) < length
         return self.head.get("warc-truncated") or ("record cut short" if cut else None)
@@ -271,6 +288,7 @@ def parse_time(text: str | None) -> datetime | None:
     """WARC-Date (ISO 8601) or ARC date (14 digits) as naive UTC, or None."""
     if not text:
         return None
+    # fractions of a second are cut off: an index has none, and the same page must not have two times
     digits = re.sub(r"\D", "", text.split(".")[0])[:14]
     try:
         return datetime.strptime(digits.ljust(14, "0"), "%Y%m%d%H%M%S")
@@ -281,9 +299,11 @@ def parse_time(text: str | None) -> datetime | None:
 def _decoded(body: bytes, fields: dict[str, str], max_bytes: int) -> tuple[bytes, bool]:
     """An HTTP body without chunks and content encodings, and whether an encoding broke off; raises `RecordError`."""
     cut = False
+    # chunks are the transfer's, so they come off first; then the codings, the last one that was put on first
     if "chunked" in fields.get("transfer-encoding", "").lower():
         body = ChunkedDataReader(io.BytesIO(body)).read()
     for coding in reversed(re.findall(r"[\w-]+", fields.get("content-encoding", "").lower())):
+        # one byte more than allowed shows that there is more, without unpacking it
         body, broke_off = _unpack(body, coding, max_bytes + 1)
         cut = cut or broke_off
     if len(body) > max_bytes:

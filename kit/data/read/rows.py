@@ -46,6 +46,7 @@ NAMES = {
 }
 """Usual names of columns, the surest first, without case and signs: `Review Text` and `review_text` are one."""
 STARS = {"positive": 5.0, "pos": 5.0, "neutral": 3.0, "negative": 1.0, "neg": 1.0}
+# the csv module's own limit of 128 KiB is shorter than long reviews are
 csv.field_size_limit(MAX_ROW)
 
 
@@ -103,13 +104,13 @@ def _unpacked(source: Iterable[Piece], breaks: list[Break]) -> Iterator[bytes]:
         yield piece.data
 
 
-def cut_rows(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes, str | None]]:
+def cut_rows(chunks: Iterable[bytes], file_layout: Layout) -> Iterator[tuple[int, bytes, str | None]]:
     """Offset and bytes of each row, its line end left off, and None, or why it is none; blank lines are skipped.
 
     `MAX_ROW` and two chunks are in memory at most. A quote that is not closed, or not at the end of a field, costs
     its own line, and reading goes on at the next; of a line that is too long the beginning is told.
     """
-    row = _row_pattern(told)
+    row = _row_pattern(file_layout)
     source = iter(chunks)
     window, start = b"", 0  # unpacked bytes from the `start`-th on, …
     position = 0  # … of which those before this one are done
@@ -147,11 +148,11 @@ def cut_rows(chunks: Iterable[bytes], told: Layout) -> Iterator[tuple[int, bytes
             position = len(BYTE_ORDER_MARK) if start == 0 and window.startswith(BYTE_ORDER_MARK) else 0
 
 
-def _row_pattern(told: Layout) -> re.Pattern[bytes]:
+def _row_pattern(file_layout: Layout) -> re.Pattern[bytes]:
     """What a whole row looks like, its line end included: in a CSV it may go over several lines."""
-    if told.kind != "csv":
+    if file_layout.kind != "csv":
         return LINE
-    delimiter = re.escape(told.delimiter.encode())
+    delimiter = re.escape(file_layout.delimiter.encode())
     return re.compile((FIELD + rb"(?:D" + FIELD + rb")*+" + LINE_END).replace(b"D", delimiter))
 
 
@@ -161,21 +162,24 @@ def layout(uri: str, rating_column: str = "") -> Layout:
         source, head = pieces(f)[0], b""
         while len(head) < HEAD_BYTES and (piece := next(source, None)):
             head += piece.data
+    # in UTF-16 a line end is two bytes, and offsets of rows would be wrong by one
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ArchiveError(f"'{uri}' is UTF-16: save it as UTF-8")
     kind = ROWS.search(uri)[1].lower()
-    told = Layout({"tsv": "csv", "ndjson": "jsonl"}.get(kind, kind))
-    if told.kind == "csv":
+    file_layout = Layout({"tsv": "csv", "ndjson": "jsonl"}.get(kind, kind))
+    if file_layout.kind == "csv":
+        # the sign that the first line holds most often, quoted names left out
         names = re.sub(rb'"[^"]*"', b"", LINE.match(head.lstrip() + b"\n")[0]).decode("latin-1")
-        told = told._replace(delimiter="\t" if kind == "tsv" else max(",;\t|", key=names.count))
-    lines = [decode(data, None)[0] for _, data, reason in cut_rows([head], told) if not reason]
-    if told.kind == "csv" and lines:
-        told = told._replace(columns=tuple(map(column_key, _cells(lines.pop(0), told))))
+        file_layout = file_layout._replace(delimiter="\t" if kind == "tsv" else max(",;\t|", key=names.count))
+    lines = [decode(data, None)[0] for _, data, reason in cut_rows([head], file_layout) if not reason]
+    if file_layout.kind == "csv" and lines:
+        file_layout = file_layout._replace(columns=tuple(map(column_key, _cells(lines.pop(0), file_layout))))
+    # a scale is told by the best rating among the first rows
     best = 5.0
     for line in lines:
         with suppress(RecordError):
-            best = max(best, rating_of(row_fields(line, told), rating_column, told)[0] or 0)
-    return told._replace(rating_max=next((m for m in (5.0, 10.0, 100.0) if best <= m), best))
+            best = max(best, rating_of(row_fields(line, file_layout), rating_column, file_layout)[0] or 0)
+    return file_layout._replace(rating_max=next((m for m in (5.0, 10.0, 100.0) if best <= m), best))
 
 
 def row_page(raw: bytes, url: str) -> Page:
@@ -187,41 +191,42 @@ def first_value(row: dict[str, str], names: str) -> str:
     return next((row[c] for c in names.split() if row.get(c)), "")
 
 
-def row_fields(line: str, told: Layout) -> dict[str, str]:
+def row_fields(line: str, file_layout: Layout) -> dict[str, str]:
     """A row's values by column; raises `RecordError` where it is no row of its file."""
-    if told.kind == "txt":
+    if file_layout.kind == "txt":
         return {"text": line}
-    if told.kind == "csv":
-        cells = _cells(line, told)
-        if any(cells[len(told.columns) :]):
+    if file_layout.kind == "csv":
+        cells = _cells(line, file_layout)
+        # empty ones at the end are what spreadsheets write
+        if any(cells[len(file_layout.columns) :]):
             raise RecordError("more fields than columns")
-        return dict(zip(told.columns, cells, strict=False))
+        return dict(zip(file_layout.columns, cells, strict=False))
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        values = json.loads(line)
+    except (ValueError, RecursionError):  # a line of a hundred thousand brackets ends in the second
+        values = None
+    if not isinstance(values, dict):
         raise RecordError("not a JSON object")
-    texts = {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in found.items()}
+    texts = {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in values.items()}
     # without the halves of surrogate pairs that JSON can hold and Parquet cannot
     return {column_key(k): v.encode("utf-8", "ignore").decode() for k, v in texts.items()}
 
 
-def _cells(line: str, told: Layout) -> list[str]:
-    return next(csv.reader(io.StringIO(line, newline=""), delimiter=told.delimiter), [])
+def _cells(line: str, file_layout: Layout) -> list[str]:
+    return next(csv.reader(io.StringIO(line, newline=""), delimiter=file_layout.delimiter), [])
 
 
 def column_key(name: str) -> str:
     return re.sub(r"[\W_]", "", name).casefold()
 
 
-def rating_of(row: dict[str, str], rating_column: str, told: Layout) -> tuple[float | None, float]:
+def rating_of(row: dict[str, str], rating_column: str, file_layout: Layout) -> tuple[float | None, float]:
     """The rating (`4`, `4,5`, `7/10` or one of `STARS`) or None, and the best that can be."""
     value = first_value(row, column_key(rating_column) or NAMES["rating"]).strip().casefold()
     if value in STARS:
         return STARS[value], 5.0
     number = re.match(r"(\d{1,9}(?:[.,]\d+)?)(?: ?/ ?(\d{1,9}))?", value)
     if not number:
-        return None, told.rating_max
+        return None, file_layout.rating_max
     rating = float(number[1].replace(",", "."))
-    return rating, max(rating, float(number[2] or told.rating_max))
+    return rating, max(rating, float(number[2] or file_layout.rating_max))

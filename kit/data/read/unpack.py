@@ -51,6 +51,7 @@ def pieces(f: BinaryIO) -> tuple[Iterator[Piece], float, bool]:
     except (OSError, ValueError):  # a server that does not tell
         size = float("inf")
     start = f.read(CHUNK)
+    # by the first bytes, not by the name: files of either kind have the other's ending
     if start[:3] == GZIP:
         return _gzip(f, start), size * MOST_DEFLATE, True
     if ZSTD.match(start):
@@ -62,6 +63,7 @@ def _gzip(f: BinaryIO, data: bytes) -> Iterator[Piece]:
     """The members of a gzip file; `data` are its first bytes, already read."""
     position = 0
     while True:
+        # the head of the next member may lie across the end of what was read
         if len(data) < 4:
             data += f.read(CHUNK)
         if not data:
@@ -94,6 +96,7 @@ def _member(f: BinaryIO, start: int, data: bytes) -> Generator[Piece, None, tupl
             yield Piece(b"".join([*parts, out]), first, end, broken)
             return f.seek(end), b""
         parts.append(out)
+        # the member has ended, its checksum was right
         if unzip.eof:
             rest = unzip.unused_data
             end = start + fed + len(data) - len(rest)
@@ -101,6 +104,7 @@ def _member(f: BinaryIO, start: int, data: bytes) -> Generator[Piece, None, tupl
             return end, rest
         fed += len(data) - len(unzip.unconsumed_tail)
         given, held = given + len(out), held + len(out)
+        # a member of a gigabyte is handed on in pieces, so that none holds it all
         if held >= PIECE:
             yield Piece(b"".join(parts), first)
             first, parts, held = None, [], 0
@@ -119,17 +123,20 @@ def _up_to_error(f: BinaryIO, start: int, fed: int, given: int, data: bytes) -> 
     A decoder that failed cannot be asked: the `fed` bytes before `data` are unpacked again (`given` bytes of what
     they hold are known), then `data` byte by byte.
     """
-    unzip, come, out, at = zlib.decompressobj(31), 0, bytearray(), start
+    unzip = zlib.decompressobj(31)
+    seen = 0  # unpacked bytes so far
+    out = bytearray()
+    position = start
     f.seek(start)
-    again = iter(lambda: f.read(min(CHUNK, start + fed - at)), b"")
+    again = iter(lambda: f.read(min(CHUNK, start + fed - position)), b"")
     for piece in chain(again, (data[i : i + 1] for i in range(len(data)))):
         try:
             got = unzip.decompress(piece)
         except zlib.error:
             break
-        out += got[max(given - come, 0) :]
-        come, at = come + len(got), at + len(piece)
-    return bytes(out), at
+        out += got[max(given - seen, 0) :]
+        seen, position = seen + len(got), position + len(piece)
+    return bytes(out), position
 
 
 def _next_member(f: BinaryIO, position: int) -> int:
@@ -137,10 +144,11 @@ def _next_member(f: BinaryIO, position: int) -> int:
     f.seek(position)
     block = b""
     while more := f.read(CHUNK):
+        # three bytes of the block before: a start is four bytes long
         block = block[-3:] + more
         position += len(more)
-        if found := MEMBER_START.search(block):
-            return position - len(block) + found.start()
+        if match := MEMBER_START.search(block):
+            return position - len(block) + match.start()
     return position
 
 
