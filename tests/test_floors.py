@@ -52,7 +52,6 @@ LONG_MODULES: set[str] = {
     "kit.data.read.record",
 }
 LONG_FUNCTIONS: set[str] = {
-    "kit.data.extract.walk._walk",
     "kit.train.plan.flops._probe",
 }
 NAMED_TWICE: set[str] = set()

@@ -1,7 +1,7 @@
 """Main text of a page: cut it into blocks, describe each by numbers, let gradient-boosted trees decide.
 
-    from kit.data.extract.blocks import extract
-    text = extract("<html>…")
+    from kit.data.extract.blocks import extract_main_text
+    text = extract_main_text("<html>…")
 
 The numbers are those of `block_features`; the model is trained by `train_blocks`, `blocks_card.md` is its card. Needs
 selectolax 1.0: see `walk`.
@@ -29,17 +29,17 @@ from kit.data.extract.walk import parse, walk
 from kit.errors import KitError
 
 MODEL = Path(__file__).with_name("blocks_model.txt.gz")
-
-
 CASCADE = ((0, 20, -1.8, 9.0, 2.4), (20, 40, -1.8, 1.6, 1.35), (60, -1, 0.0, 0.0, 1.0))
 """First tree, number of trees, the log odds between which a block goes on to the next, and by how much the trees still
 to come would stretch those of a block that does not: unstretched, a page's many sure blocks look like much text."""
+# a page of nothing but doubtful blocks still gives its best ones, and a sure block is never left out for a better sum
 LOWEST, HIGHEST = 0.1, 0.5
 
 
 def all_text(blocks: Blocks) -> str:
     """Every visible block of the page, a line each."""
     flags = blocks.rows[1 :: len(COLUMNS)]
+    # where all is hidden until a script shows it, what is hidden is the page
     seen = [t for t, f in zip(blocks.texts, flags) if not f & UNSEEN]
     return "\n".join(seen or blocks.texts)
 
@@ -61,15 +61,18 @@ def _model() -> Any:
 def probabilities(blocks: Blocks, model: Any = None) -> np.ndarray:
     """How likely each block is main text; most are plainly or plainly not after few of the trees."""
     model = model or _model()
-    x = features(blocks)
-    odds, left, sums = np.zeros(len(x)), np.arange(len(x)), np.zeros(len(x))
+    matrix = features(blocks)
+    # odds [blocks]; `left`, the numbers of those still in doubt, and their sums so far, [left]
+    odds, left, sums = np.zeros(len(matrix)), np.arange(len(matrix)), np.zeros(len(matrix))
     for start, trees, low, high, stretch in CASCADE:
-        sums += model.predict(x, raw_score=True, start_iteration=start, num_iteration=trees, num_threads=1)
+        sums += model.predict(
+            matrix, raw_score=True, start_iteration=start, num_iteration=trees, num_threads=1
+        )
         odds[left] = sums * stretch
         on = np.flatnonzero((sums > low) & (sums < high))
         if not len(on):
             break
-        x, left, sums = x.take(on, axis=0), left[on], sums[on]
+        matrix, left, sums = matrix.take(on, axis=0), left[on], sums[on]
     return 1 / (1 + np.exp(-odds))
 
 
@@ -92,6 +95,7 @@ def main_text(blocks: Blocks, model: Any = None) -> str:
     if not blocks.texts:
         return ""
     p = probabilities(blocks, model)
+    # about six characters a word, the space included: splitting all texts would cost more than it tells
     words = np.fromiter(map(len, blocks.texts), np.int64, len(p)) // 6 + 1
     if p.max() < LOWEST:
         p = p / p.max()
@@ -100,6 +104,7 @@ def main_text(blocks: Blocks, model: Any = None) -> str:
     lines: list[str] = []
     before = 0
     for i in choose(p, words):
+        # columns 2 and 8 of `COLUMNS`: own, whose six low bits are the rank, and row
         row = blocks.rows[i * width + 8] if blocks.rows[i * width + 2] & 63 in cells else 0
         if row and row == before:
             lines[-1] += "\t" + blocks.texts[i]

@@ -87,19 +87,21 @@ def extract_page(
     The page may be a row of a person's file of that `layout`.
     """
     text, charset = decode(page.payload, page.charset)
-    text, extractor = text.replace("\x00", ""), p.extractor
-    found = {"title": "", "images": [], "links": [], "reviews": []}
+    text = text.replace("\x00", "")  # many readers of Parquet end a string there
+    extractor = p.extractor
+    fields = {"title": "", "images": [], "links": [], "reviews": []}
     # what the index detected is better than what the page claims, where there is an index
     language = (row["content_languages"] or "").split(",")[0]
     if layout:
-        found |= reviews.document(text, layout, p.text_column, p.rating_column)
-        text, extractor = found["text"], "row"
+        fields |= reviews.document(text, layout, p.text_column, p.rating_column)
+        text, extractor = fields["text"], "row"
     elif page.record_type == "conversion" or page.mime == "text/plain":
         extractor = "none"
     else:
+        # before the main text: cutting into blocks takes nodes out of the tree
         html = Html(text)
         language = language or pages.html_language(html.tree)
-        found = {
+        fields = {
             "title": pages.title(html.tree),
             "images": pages.images(html.tree),
             "links": pages.links(html.tree, row["url"]) if p.keep_links else [],
@@ -110,10 +112,10 @@ def extract_page(
         text = EXTRACTORS[extractor](html)
     if not text.strip():
         raise RecordError("no text")
-    return found | {
+    return fields | {
         "doc_id": row["doc_id"],
         "url": row["url"],
-        "host": found.get("host") or urlsplit(row["url"]).hostname,
+        "host": fields.get("host") or urlsplit(row["url"]).hostname,
         "fetch_time": page.fetch_time,
         "status": page.status,
         "mime": page.mime,
@@ -145,7 +147,8 @@ def _prefilter(cheap: str, p: ExtractText) -> None:
 def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> tuple[pa.Table, list[dict]]:
     """Documents (`DOCUMENT`) and failures (rows of `FAILURE`) of index rows sorted by file and offset."""
     EXTRACTORS[p.extractor](Html("<p>what is loaded here need not be loaded in every child</p>"))
-    tables, failures = [DOCUMENT.empty_table()], []
+    tables: list[pa.Table] = [DOCUMENT.empty_table()]
+    failures: list[dict[str, Any]] = []
     layouts: dict[str, row_files.Layout] = {}
     for name in {r["warc_filename"] for r in rows if r["wrapping"] in row_files.WRAPPINGS}:
         with suppress(ArchiveError):  # each of its rows will say so
@@ -154,11 +157,12 @@ def extract_rows(base: str, rows: Sequence[dict[str, Any]], p: ExtractText) -> t
         packed, dead = guard.in_child(
             partial(_work, p=p, layouts=layouts), batch, p.page_timeout_s, p.page_memory_mb
         )
+        # as an Arrow stream: what a child says is read, never unpickled
         with pa.ipc.open_stream(packed) as stream:
             lost = stream.schema.metadata or {}
             tables.append(stream.read_all().replace_schema_metadata(None))
-        told = dead | {int(i): reason.decode() for i, reason in lost.items()}
-        failures += [_failure(batch[i][0], told[i]) for i in sorted(told)]
+        reasons = dead | {int(i): reason.decode() for i, reason in lost.items()}
+        failures += [_failure(batch[i][0], reasons[i]) for i in sorted(reasons)]
     return pa.concat_tables(tables), failures
 
 
@@ -220,12 +224,15 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
     with lake.stage(p) as out:
         selection = out.read("10_explore_index")
         rows = lake.table(selection)
+        # an id is made once, in stage 10; made anew here it could be another one
         if "doc_id" not in rows.column_names:
             raise LakeError("the selection has no doc_id, it was made by an older kit: run stage 10 again")
         base = resolve_path(selection.metrics["archive_base"])
         if "://" not in base:
             for name in sorted(set(rows["warc_filename"].to_pylist())):
                 out.read_outside(f"{selection.metrics['archive_base']}/{name}")
+
+        # what an earlier attempt lost to the network is fetched, what it has is kept
         old_parts, failures = _unfinished(lake, out)
         again = {_place(f) for f in failures if f["kind"] == "retry"}
         writer = out.parts
@@ -240,6 +247,7 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
                 output = writer.table(name, documents)
             return {"done": part.num_rows, "output": output, "failures": lost}
 
+        # parts hang on the input's bytes alone, so any number of cores writes the same ones
         shares = plan_parts(rows["warc_record_length"].to_pylist(), p.part_mb * 1e6)
         parts = [rows.slice(s.start, len(s)).combine_chunks() for s in shares]
         tasks = [(part.num_rows, (f"part-{i:05d}", part)) for i, part in enumerate(parts)]
@@ -247,6 +255,7 @@ def extract_text(p: ExtractText, lake: Lake) -> Manifest:
         for result in results:
             out.add(result["output"])
         failures = [f for f in failures if f["kind"] != "retry"] + [f for r in results for f in r["failures"]]
+        # in the order of the archives, whichever task came first
         if failures:
             failures.sort(key=_place)
             out.table("failures", pa.Table.from_pylist(failures, schema=FAILURE))

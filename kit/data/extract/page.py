@@ -13,6 +13,7 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 MAX_IMAGES, MAX_REVIEWS, MAX_LINKS = 200, 2000, 2000
 """How many of a kind a page can have; a stage counts the pages that reach a cap."""
+# the last: what an int32 column holds
 MAX_JSON_BYTES, CONTEXT_CHARS, MAX_COUNT = 1 << 20, 300, 2**31 - 1
 MAX_STEPS = 200
 """Nodes looked at for the text beside one image."""
@@ -32,24 +33,25 @@ def html_language(tree: LexborHTMLParser) -> str:
 
 def images(tree: LexborHTMLParser) -> list[dict[str, str]]:
     """Images with alternative text, caption and the text beside them, at most `MAX_IMAGES`."""
-    found = []
+    entries = []
     for node in tree.css("img[src]")[:MAX_IMAGES]:
         attributes = node.attributes
         figure = _figure(node)
         caption = figure.css_first("figcaption") if figure else None
-        found.append(
+        entries.append(
             {
                 "src": attributes.get("src") or "",
                 "alt": (attributes.get("alt") or "").strip(),
                 "caption": " ".join(caption.text().split()) if caption else "",
-                "context": " … ".join(x for x in _beside(figure or node) if x),
+                "context": " … ".join(text for text in _beside(figure or node) if text),
             }
         )
-    return found
+    return entries
 
 
 def _figure(node: LexborNode) -> LexborNode | None:
     """The `<figure>` around an image, looked for a few levels up."""
+    # picture, link and wrapper elements lie between; further up it is another image's figure
     for _ in range(8):
         node = node.parent
         if node is None or node.tag in ("body", "figure"):
@@ -87,14 +89,15 @@ def _start_of(node: LexborNode) -> str:
 
 def links(tree: LexborHTMLParser, base: str) -> list[dict[str, str]]:
     """Links to other pages as absolute http(s) URLs with their text, each URL once, at most `MAX_LINKS`."""
-    found: dict[str, str] = {}
+    text_by_url: dict[str, str] = {}
     for node in tree.css("a[href]"):
         try:
             url = urljoin(base, (node.attributes.get("href") or "").strip())
         except ValueError:  # a URL such as http://[broken
             continue
-        if url.startswith(("http://", "https://")) and url not in found:
-            if len(found) == MAX_LINKS:
+        # mailto:, javascript: and the like are no pages
+        if url.startswith(("http://", "https://")) and url not in text_by_url:
+            if len(text_by_url) == MAX_LINKS:
                 break
-            found[url] = " ".join(node.text().split())[:CONTEXT_CHARS]
-    return [{"url": url, "text": text} for url, text in found.items()]
+            text_by_url[url] = " ".join(node.text().split())[:CONTEXT_CHARS]
+    return [{"url": url, "text": text} for url, text in text_by_url.items()]

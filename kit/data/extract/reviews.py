@@ -19,27 +19,34 @@ from kit.errors import RecordError
 TAG = re.compile(r"</?(?:br|p|div|b|i|u|em|strong|a|ul|ol|li|span|h[1-6])\b[^<>]{0,500}>", re.IGNORECASE)
 
 
-def document(text: str, told: Layout, text_column: str = "", rating_column: str = "") -> dict[str, Any]:
+def document(text: str, layout: Layout, text_column: str = "", rating_column: str = "") -> dict[str, Any]:
     """`title`, `text`, `reviews` and, where the row names a site, `host`; raises `RecordError`.
 
     Columns have their usual names (`NAMES`) or are named. A row with a rating or an item is a review of one that
     may be unknown.
     """
-    row, wanted = row_fields(text, told), column_key(text_column) or NAMES["text"]
+    row, wanted = row_fields(text, layout), column_key(text_column) or NAMES["text"]
     if not set(wanted.split()) & set(row):
         raise RecordError(f"no column '{text_column or 'text'}': see text_column")
-    body, title, item = (_plain(first_value(row, x)) for x in (wanted, NAMES["title"], NAMES["item"]))
-    rating, best = rating_of(row, rating_column, told)
+    body, title, item = (_plain(first_value(row, names)) for names in (wanted, NAMES["title"], NAMES["item"]))
+    rating, best = rating_of(row, rating_column, layout)
     # of two columns, or [1, 2] in one, as Amazon had it
-    counts = re.findall(r"\d{1,9}", " ".join(first_value(row, NAMES[x]) for x in ("helpful", "votes")))
+    counts = re.findall(r"\d{1,9}", " ".join(first_value(row, NAMES[kind]) for kind in ("helpful", "votes")))
     helpful, votes = map(int, counts[:2]) if len(counts) > 1 else (None, None)
     site = first_value(row, NAMES["site"])
     review = {
-        "item": item, "item_type": "", "rating": rating, "rating_max": best, "title": title, "body": body,
-        "helpful": helpful, "votes": votes,
-    }  # fmt: skip
-    found = {"title": title, "text": body, "reviews": [review] if item or rating is not None else []}
-    return found | ({"host": host_name(site) or site} if site else {})
+        "item": item,
+        "item_type": "",
+        "rating": rating,
+        "rating_max": best,
+        "title": title,
+        "body": body,
+        "helpful": helpful,
+        "votes": votes,
+    }
+    fields = {"title": title, "text": body, "reviews": [review] if item or rating is not None else []}
+    # a column may hold an address or a plain name
+    return fields | ({"host": host_name(site) or site} if site else {})
 
 
 def _plain(text: str) -> str:
@@ -59,25 +66,27 @@ def reviews(tree: LexborHTMLParser) -> list[dict[str, Any]]:
 
     Keys: `item, item_type, rating, rating_max, title, body, helpful, votes`. The author is left out on purpose.
     """
-    found: list[dict[str, Any]] = []
+    collected: list[dict[str, Any]] = []
     for script in tree.css('script[type="application/ld+json"]'):
         source = script.text() or ""
+        # parsing is what costs, so what cannot hold a review (Review, review, itemReviewed …) is not parsed
         if len(source) > MAX_JSON_BYTES or "eview" not in source:
             continue
         try:
             todo: list[tuple[Any, dict[str, Any]]] = [(json.loads(source), {})]
         except (ValueError, RecursionError):
             continue
-        while todo and len(found) < MAX_REVIEWS:
+        # a stack in place of recursion: JSON-LD of strangers may be nested as deep as the parser allows
+        while todo and len(collected) < MAX_REVIEWS:
             node, about = todo.pop()
             if isinstance(node, list):
-                todo += [(x, about) for x in reversed(node)]
+                todo += [(member, about) for member in reversed(node)]  # popped from the end, so in order
             elif isinstance(node, dict):
                 if _type(node) == "Review":
-                    found.append(_review(node, about))
+                    collected.append(_review(node, about))
                 else:
                     todo += [(v, node) for v in node.values() if isinstance(v, (dict, list))]
-    return [r for r in found if r["body"]]
+    return [r for r in collected if r["body"]]
 
 
 def _review(node: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from kit.data.read import rows as row_files
 from kit.data.read.archive import Page
 from kit.errors import RecordError
 
+# the first two bound what one child works on, the third a single page that a person looks at
 BATCH_PAGES, BATCH_BYTES, MOST_BYTES = 256, 32 << 20, 64 << 20
 
 
@@ -22,6 +23,7 @@ def verified_page(row: dict[str, Any], raw: bytes, max_page_mb: float) -> Page:
     limit = int(max_page_mb * 1e6)
     plain = archive.read_bytes(io.BytesIO(raw), 0, len(raw), row["wrapping"], 2 * limit)
     is_row = row["wrapping"] in row_files.WRAPPINGS
+    # a record may be twice as long as its page: heads, and chunks that are undone
     page = row_files.row_page(plain, row["url"]) if is_row else archive.parse_page(plain, limit)
     if page.url != row["url"]:
         raise RecordError("URL is not the index's")
@@ -58,6 +60,7 @@ def _read_stream(
     f: BinaryIO | None = None
     for row in rows:
         place = row["warc_record_offset"], row["warc_record_length"]
+        # opened at the first row and not before the loop, so that what goes wrong there is this row's error
         try:
             f = f or open_archive(uri, "stream")
             yield row, archive.read_bytes(f, *place, "stream", max_bytes)

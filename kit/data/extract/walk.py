@@ -9,21 +9,26 @@ from collections.abc import Iterator
 
 from selectolax.lexbor import LexborHTMLParser
 
-from kit.data.extract.block_features import ANCESTORS, BIT, BLOCK_TAGS, CLASS_WORDS, PRE, RANK, Blocks
+from kit.data.extract.block_features import ANCESTORS, BIT, BLOCK_TAGS, PRE, RANK, Blocks
+from kit.data.text.vocabulary import CLASS_WORDS
 
-MAX_STEPS, MAX_WORDS = 3_000, 50_000  # entries of the caches of two pure functions
+# entries of the caches of two pure functions: what they forget changes the time, never a result
+MAX_STEPS, MAX_WORDS = 3_000, 50_000
 MAX_DEPTH = 5_000  # nested elements; browsers stop at 512
 ROLES = dict(navigation="nav", banner="header", contentinfo="footer", complementary="aside", main="main")
 _GROUPS = {
     stem.rstrip("$"): 1 << i for i, stems in enumerate(CLASS_WORDS.values()) for stem in stems.split("|")
 }
-_STEMS = re.compile("|".join(sorted((s for x in CLASS_WORDS.values() for s in x.split("|")), reverse=True)))
+# backwards, so that "header" is tried before "head": the first alternative that fits is taken
+_STEMS = re.compile(
+    "|".join(sorted((stem for stems in CLASS_WORDS.values() for stem in stems.split("|")), reverse=True))
+)
 _PIECES = re.compile("[A-Z]?[a-z]{2,}|[A-Z]{2,}")
 _HIDDEN = re.compile(r' hidden="| aria-hidden="true"|display: ?none|visibility: ?hidden')
+ROW_RANK = RANK["tr"]
 INLINE, LINK, LINK_END, BREAK, BUTTON, SKIP, OPEN, CLOSE = range(8)
-Step = tuple[
-    int, int, int, str
-]  # of a tag: its kind, flags for all within, rank and class words of its own, itself
+Step = tuple[int, int, int]
+"""Of a tag: its kind, flags for all within, and rank (6 bits) and class words of its own."""
 _CLOSE: dict[str, Step] = {f"/{tag}": (CLOSE, 0, 0) for tag in BLOCK_TAGS}
 _SHORT: dict[str, Step] = {
     name: (kind, 0, 0)
@@ -88,55 +93,83 @@ def walk(tree: LexborHTMLParser) -> Blocks:
             gc.enable()
 
 
-def _walk(tree: LexborHTMLParser) -> Blocks:
-    title = tree.css_first("title")  # found early, while `tags` looks through all of the page
+class _Containers:
+    """The containers of a page while it is read: all of them as `Blocks` has them, and those that are open."""
+
+    def __init__(self) -> None:
+        self.parents, self.starts, self.ends, self.kinds = [0], [0], [0], [0]
+        self.numbers: dict[str, int] = {}
+        """A number for each different start tag."""
+        self.stack = [(0, 0, 0, 0)]
+        """Of those that are open, the body first: number, flags, own, table row."""
+
+    def open(self, tag: str, step: Step, n_blocks: int) -> tuple[int, int, int, int]:
+        """A container begins before block `n_blocks`; what now holds, as on the stack."""
+        parent, flags, own, row = self.stack[-1]
+        number = len(self.starts)
+        self.parents.append(parent)
+        self.starts.append(n_blocks)
+        self.ends.append(0)
+        self.kinds.append(self.numbers.setdefault(tag, len(self.numbers)))
+        flags |= step[1]
+        own = step[2] if step[2] > 63 else step[2] | own & ~63  # without class words, the parent's
+        if step[2] & 63 == ROW_RANK:
+            row = number
+        self.stack.append((number, flags, own, row))
+        return self.stack[-1]
+
+    def close(self, n_blocks: int) -> tuple[int, int, int, int]:
+        """The innermost container ends after `n_blocks` blocks; what now holds, as on the stack."""
+        number = self.stack[-1][0]
+        if number:  # the body stays open, whatever a page closes
+            self.stack.pop()
+            # nothing in it: it is the last, forget it
+            if self.starts[number] == n_blocks:
+                del self.parents[number:], self.starts[number:], self.ends[number:], self.kinds[number:]
+            else:
+                self.ends[number] = n_blocks
+        return self.stack[-1]
+
+
+def _serialised(tree: LexborHTMLParser) -> tuple[str, str]:
+    """The page's title, and its body as lexbor writes it out, without scripts and styles."""
+    # by a selector, which stops at the first one; `tags` would look through all of the page
+    title = tree.css_first("title")
     name = title.text() if title is not None else ""
     tree.strip_tags(["script", "style", "svg"], recursive=True)
     body = tree.body
-    pieces = iter(((body.html if body is not None else None) or "").split("<"))
+    return name, (body.html if body is not None else None) or ""
+
+
+def _walk(tree: LexborHTMLParser) -> Blocks:
+    name, source = _serialised(tree)
+    pieces = iter(source.split("<"))
     texts: list[str] = []
     rows: list[int] = []
-    parents, starts, ends, kinds = [0], [0], [0], [0]
-    numbers: dict[str, int] = {}
-    stack = [(0, 0, 0, 0)]  # of open containers: number, flags, own, table row
+    containers = _Containers()
+    stack = containers.stack
     parts: list[str] = []  # of the block being read
-    at = flags = own = row = link_chars = links = breaks = buttons = 0
+    container = flags = own = row = link_chars = links = breaks = buttons = 0
     linked = False
+    # as locals: this loop runs once for every tag of every page
     known, short = _steps.get, _SHORT.get
     for piece in pieces:
         tag, _, text = piece.partition(">")
+        # a tag as a whole has been met before (nearly always), or its name says enough, or it is looked into
         step = known(tag) or short(tag.partition(" ")[0]) or _step(tag)
         kind = step[0]
         if kind >= OPEN:
-            if parts:
-                block = "".join(parts)
-                if breaks or flags & PRE or "&" in block:
-                    block = _clean(block, breaks, flags & PRE)
-                else:
-                    block = " ".join(block.split())
-                if block:
-                    texts.append(block)
-                    rows += (at, flags, own, len(stack), link_chars, links, breaks, buttons, row)
-                parts = []
+            # a block ends wherever a container begins or ends
+            block = _clean("".join(parts), breaks, flags & PRE) if parts else ""
+            if block:
+                texts.append(block)
+                rows += (container, flags, own, len(stack), link_chars, links, breaks, buttons, row)
+            parts = []
             link_chars = links = breaks = buttons = 0
             if kind == OPEN:
-                parents.append(at)
-                at = len(starts)
-                starts.append(len(texts))
-                ends.append(0)
-                kinds.append(numbers.setdefault(tag, len(numbers)))
-                flags |= step[1]
-                own = step[2] if step[2] > 63 else step[2] | own & ~63  # without class words, the parent's
-                if step[2] & 63 == RANK["tr"]:
-                    row = at
-                stack.append((at, flags, own, row))
-            elif at:
-                stack.pop()
-                if starts[at] == len(texts):  # nothing in it: it is the last, forget it
-                    del parents[at:], starts[at:], ends[at:], kinds[at:]
-                else:
-                    ends[at] = len(texts)
-                at, flags, own, row = stack[-1]
+                container, flags, own, row = containers.open(tag, step, len(texts))
+            else:
+                container, flags, own, row = containers.close(len(texts))
         elif kind == LINK:
             links += 1
             linked = True
@@ -149,18 +182,20 @@ def _walk(tree: LexborHTMLParser) -> Blocks:
             buttons += 1
         elif kind == SKIP:
             text = _skip(piece, pieces, tag)
+        # white space between tags begins no block, but inside one it parts words
         if text and (parts or not text.isspace()):
             parts.append(text)
             if linked:
                 link_chars += len(text)
     for opened in stack:
-        ends[opened[0]] = len(texts)
-    return Blocks(name, texts, rows, parents, starts, ends, kinds)
+        containers.ends[opened[0]] = len(texts)
+    return Blocks(name, texts, rows, containers.parents, containers.starts, containers.ends, containers.kinds)
 
 
 def _skip(piece: str, pieces: Iterator[str], tag: str) -> str:
     """Go past a comment or an element that holds no text of the page; returns the text that follows."""
     end = "-->" if tag.startswith("!--") else f"/{tag.partition(' ')[0]}>"
+    # a comment or a script may hold any number of "<"
     while end not in piece:
         piece = next(pieces, end)
     return piece.partition(end)[2]
@@ -171,6 +206,7 @@ def _clean(text: str, breaks: int, keep_lines: int) -> str:
     if "&" in text:
         for entity, char in (("&nbsp;", " "), ("&lt;", "<"), ("&gt;", ">"), ("&amp;", "&")):
             text = text.replace(entity, char)
+    # in <pre> the lines and the space at their beginnings are the text
     if keep_lines:
         return "\n".join(line.rstrip() for line in text.replace("\0", "\n").split("\n")).strip("\n")
     if breaks:
@@ -183,17 +219,20 @@ def _step(tag: str) -> Step:
     name = tag.partition(" ")[0]
     if name not in BLOCK_TAGS:
         return SKIP if tag.startswith("!--") else INLINE, 0, 0
+    # two sets of bits: kinds of container around (flags for all within), and groups of class words (its own)
     bits, words = BIT.get(name, 0), 0
-    for start in (' class="', ' id="', ' itemprop="'):
-        at = tag.find(start) + len(start)
-        if at >= len(start):
-            value = tag[at : tag.find('"', at)]
+    # lexbor writes every attribute as name="value", with one space before it, so `find` is enough
+    for attribute in (' class="', ' id="', ' itemprop="'):
+        begin = tag.find(attribute) + len(attribute)
+        if begin >= len(attribute):
+            value = tag[begin : tag.find('"', begin)]
             known = _words.get(value)
             words |= _value(value) if known is None else known
     if ' role="' in tag:
         bits |= BIT.get(ROLES.get(tag.partition(' role="')[2].partition('"')[0], ""), 0)
     if ("hidden" in tag or "none" in tag) and _HIDDEN.search(tag):
         bits |= BIT["hidden"]
+    # hostile pages can have a new tag each; what is forgotten is worked out again
     if len(_steps) > MAX_STEPS:
         _steps.clear()
         _steps.update(_CLOSE)
@@ -207,6 +246,7 @@ def _value(value: str) -> int:
     for word in value.replace("-", " ").replace("_", " ").split():
         known = _words.get(word)
         bits |= _word(word) if known is None else known
+    # long values are lists of classes that seldom come again
     if len(value) < 200 and len(_words) < MAX_WORDS:
         _words[value] = bits
     return bits
@@ -214,6 +254,7 @@ def _value(value: str) -> int:
 
 def _word(word: str) -> int:
     """Bits of the groups in `CLASS_WORDS` that a word of a class or id belongs to, camel case cut into pieces."""
+    # generated names (css-1x2y3z) say nothing
     stem = word.rstrip("0123456789")
     if not stem.isalpha() or len(stem) > 40:
         return 0
@@ -221,7 +262,7 @@ def _word(word: str) -> int:
         _words.clear()
     bits = 0
     for piece in _PIECES.findall(stem):
-        for found in _STEMS.findall(piece.lower()):
-            bits |= _GROUPS[found]
+        for stem_of_group in _STEMS.findall(piece.lower()):
+            bits |= _GROUPS[stem_of_group]
     _words[word] = bits
     return bits
