@@ -51,9 +51,7 @@ LONG_MODULES: set[str] = {
     "kit.data.read.polite",
     "kit.data.read.record",
 }
-LONG_FUNCTIONS: set[str] = {
-    "kit.train.plan.flops._probe",
-}
+LONG_FUNCTIONS: set[str] = set()
 NAMED_TWICE: set[str] = set()
 # end of exceptions
 

@@ -24,7 +24,7 @@ from kit import process
 from kit.measure.gpu import steps
 from kit.measure.gpu.steps import DEVICE, GPU, StepCase, free, sync
 from kit.train.plan import settings
-from kit.train.plan.flops import measured_peak, peak_of
+from kit.train.plan.peak import measured_peak, peak_of
 
 PUBLISHED = 12_473
 """Tokens/s of NeMo AutoModel: Llama-3-8B, LoRA, one H100, rows of 4,096 tokens."""

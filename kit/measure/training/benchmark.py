@@ -18,7 +18,8 @@ from kit.measure.training.grid import GAINS, GRID, cells, gains, rated, run_cell
 from kit.params import BenchmarkTraining, FinetuneSft
 from kit.train.models import load
 from kit.train.models.methods import METHODS, adapter_config, base_quantization
-from kit.train.plan.flops import measured_peak, model_flops, naive_6n
+from kit.train.plan.flops import model_flops, naive_6n
+from kit.train.plan.peak import measured_peak
 
 
 def benchmark_training(p: BenchmarkTraining, lake: Lake) -> Manifest:

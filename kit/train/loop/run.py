@@ -25,8 +25,9 @@ from kit.progress import progress
 from kit.train.loop.meter import PARTS, SUMMED, WHOLE, Live, peak_memory, resume_meter
 from kit.train.models.describe import computes_in, describe
 from kit.train.plan import settings
-from kit.train.plan.flops import model_flops, peak_of
+from kit.train.plan.flops import model_flops
 from kit.train.plan.machine import machine_peak
+from kit.train.plan.peak import peak_of
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from transformers import AutoModelForSequenceClassification
 from kit.train.models.load import set_threads
 from kit.train.parallel.rank_job import CHECKPOINT, JOB, REPORT, ROWS, START, Data, RankJob, steps_of
 from kit.train.parallel.strategies import STRATEGIES, Plain, mesh_of, weights
-from kit.train.plan.flops import measured_peak
+from kit.train.plan.peak import measured_peak
 from kit.train.plan.scaling import measured_links
 
 WARM_UP = 2

@@ -30,13 +30,23 @@ from kit.train.models.quantise import quantisable
 from kit.train.plan.flops import ModelFlops, deeper, model_flops, virtual_tokens
 
 LLAMA = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3 = LLAMA | {"intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8}
 FACTS: dict[str, dict[str, Any]] = {
     "Llama-2-7b": LLAMA | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096},
-    "Llama-3-8B": LLAMA | {"intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 8192},
-    "Llama-3.1-8B": LLAMA | {"intermediate_size": 14336, "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "Qwen2.5-7B": {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
-                   "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 131072, "tie_word_embeddings": False},
-}  # fmt: skip
+    "Llama-3-8B": LLAMA_3 | {"max_position_embeddings": 8192},
+    "Llama-3.1-8B": LLAMA_3 | {"max_position_embeddings": 131072},
+    "Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+}
 """Public facts of models that need a licence or a network to fetch; what their config.json says."""
 
 
@@ -75,22 +85,34 @@ def look(
     """The model of `base` under `method`, weights in `dtype`; `mixed`: it computes in bfloat16 beside them."""
     config = read_config(base, remote)
     p = Tuning(method=method, lora_r=lora_r, virtual_tokens=virtual, trust_remote_code=remote)
+    # two small copies: their difference is one middle layer, whatever embedding and head weigh
     (one, model, shallow), (two, _, deep) = (_counted(config, layers, p, dtype, mixed) for layers in (1, 2))
     text, layer = config.get_text_config(), two - one
     linear, other, trained, saved, token = (one + layer * (text.num_hidden_layers - 1)).tolist()
     inner = quantisable(model).values()
     return Seen(
-        linear, other, trained, saved, token, layer[3], layer[4],
-        deeper(shallow, deep, text.num_hidden_layers), text.num_hidden_layers, text.hidden_size, text.vocab_size,
-        max(max(m.in_features, m.out_features) for m in inner),
-        max(m.in_features * m.out_features for m in inner), virtual_tokens(model),
-    )  # fmt: skip
+        linear=linear,
+        other=other,
+        trained=trained,
+        saved=saved,
+        saved_token=token,
+        layer_saved=layer[3],
+        layer_saved_token=layer[4],
+        flops=deeper(shallow, deep, text.num_hidden_layers),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        vocab=text.vocab_size,
+        widest=max(max(m.in_features, m.out_features) for m in inner),
+        largest=max(m.in_features * m.out_features for m in inner),
+        virtual=virtual_tokens(model),
+    )
 
 
 def _counted(
     config: PretrainedConfig, layers: int, p: Tuning, dtype: torch.dtype, mixed: bool
 ) -> tuple[np.ndarray, nn.Module, ModelFlops]:
     """Weights and bytes saved, the model cut to `layers`, and its FLOPs."""
+    # the first layers, as in some models the last differ
     had = config.get_text_config().num_hidden_layers
     config = with_layers(config, [min(i, had - 1) for i in range(layers)])
     with torch.device("meta"):
@@ -101,6 +123,7 @@ def _counted(
         model = get_peft_model(model, adapter) if adapter else model
     with FakeTensorMode(allow_non_fake_inputs=True):
         _without_data(model)
+        # a line through two lengths: what is kept whatever the length, and what for each token
         few, many = (_saved(model, tokens, mixed) for tokens in (32, 64))
         flops = model_flops(model)
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
@@ -110,13 +133,15 @@ def _counted(
 
 def _without_data(model: nn.Module) -> None:
     """Put fake tensors in place of the meta ones: those know which kernels a real device would choose."""
-    made: dict[int, torch.Tensor] = {}
+    # by the old tensor's identity: a head that is tied to the embedding must stay the same tensor
+    new_of: dict[int, torch.Tensor] = {}
     for store in (s for m in model.modules() for s in (m._parameters, m._buffers)):
         for name, old in store.items():
-            if old is not None and id(old) not in made:
+            if old is not None and id(old) not in new_of:
                 new = torch.empty(old.shape, dtype=old.dtype)
-                made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-            store[name] = made.get(id(old))
+                is_parameter = isinstance(old, nn.Parameter)
+                new_of[id(old)] = nn.Parameter(new, old.requires_grad) if is_parameter else new
+            store[name] = new_of.get(id(old))
 
 
 def _saved(model: nn.Module, tokens: int, mixed: bool) -> int:
@@ -124,15 +149,20 @@ def _saved(model: nn.Module, tokens: int, mixed: bool) -> int:
     weights = {w.untyped_storage()._cdata for w in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if x.untyped_storage()._cdata not in weights:
-            kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
+    # by storage: several saved tensors may be views of one, which is kept once
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
 
     row = torch.zeros((1, tokens), dtype=torch.long)
     mask = torch.ones_like(row)
     mask[:, -1] = 0  # with padding, as most batches: without any, SDPA keeps less
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", enabled=mixed):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", enabled=mixed),
+    ):
         model(input_ids=row, attention_mask=mask, use_cache=False)
     return sum(storage.nbytes() for storage in kept.values())
 

@@ -46,8 +46,9 @@ class Plan:
 
     def line(self) -> str:
         """One line for a notebook."""
-        made = ", ".join(f"{name} {mb / 1024:.1f}" for name, mb in self.parts.items() if mb > 51)
-        return f"estimate: {self.memory_mb / 1024:.1f} GB ({made}), {self.seconds:.0f} s"
+        # parts that would show as 0.0 are left out
+        parts = ", ".join(f"{name} {mb / 1024:.1f}" for name, mb in self.parts.items() if mb > 51)
+        return f"estimate: {self.memory_mb / 1024:.1f} GB ({parts}), {self.seconds:.0f} s"
 
     def compared(self, ran: dict[str, Any]) -> dict[str, float]:
         """The estimate beside what was measured, and its relative errors."""
@@ -76,6 +77,7 @@ def _memory(setup: Setup, longest: int) -> dict[str, float]:
     seen, fit, gpu = setup.seen, setup.fit, setup.machine.gpu
     kept = setup.weights.itemsize
     saved = _activations(setup, fit.pass_texts * longest)
+    # what is trained is kept in float32, and so are its gradients
     gradients = seen.trained * 4
     update = gradients * (gpu and setup.optimizer == "adamw")
     # gradients of weights take the room that activations leave, unless they wait for more passes
@@ -130,15 +132,15 @@ def _pass_seconds(setup: Setup, lengths: Sequence[int]) -> float:
     flops = whole + 2 * seen.flops.head * padded + (again + fit.reference + fit.judged) * forward
     moved = seen.linear * (BESIDE.get(setup.quantization, 0) + BESIDE.get(setup.method, 0)) * (1 + again / 2)
     moved += seen.trained * (20 + OPTIMIZER[setup.optimizer]) / fit.accumulation
-    moved += (
-        fit.written * (seen.linear + seen.other) * setup.weights.itemsize
-    )  # each new token reads all weights
+    # a text that the step writes itself reads all weights for each new token
+    moved += fit.written * (seen.linear + seen.other) * setup.weights.itemsize
     reached = machine.flops_per_s * EFFICIENCY["gpu" if machine.gpu else setup.dtype]
     return flops / reached + moved / machine.gb_per_s / 1e9 + PASS_S
 
 
 def _longest(lengths: Sequence[int], rows: int, seed: int) -> list[int]:
     """The longest row in a batch of `rows`, to which all are padded, in 200 draws."""
+    # with the run's seed, so that an estimate can be repeated
     draw = random.Random(seed)
     return [max(draw.choices(lengths, k=rows)) for _ in range(200)]
 
@@ -151,12 +153,13 @@ def nearest_fit(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str
         values = {name: value for change in changes for name, value in change.items()}
         changed = p.model_copy(update=values)
         same = next(other for other in changed.fits() if other.name == fit.name)
-        made = plan_training(resolve_setup(changed, same, setup.machine), rows_tokens)
+        plan = plan_training(resolve_setup(changed, same, setup.machine), rows_tokens)
         new = {name: value for name, value in values.items() if value != getattr(p, name)}
-        return (new, made) if made.memory_mb <= setup.machine.memory_mb else None
+        return (new, plan) if plan.memory_mb <= setup.machine.memory_mb else None
 
     low_rank = setup.method in ("full", "dora", "lora", "qlora")
     lengths = [fit.tokens >> n for n in range(1, 5)]
+    # in this order: what costs time, what costs a little exactness, what changes the result
     changes: list[dict[str, Any]] = [
         {"activation_checkpointing": setup.method != "prefix"},  # PEFT refuses it for prefixes
         {fit.batch_field: 1, "gradient_accumulation": fit.step_rows},
@@ -169,7 +172,8 @@ def nearest_fit(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str
     if n is None:
         return None
     taken = changes[:n]
-    for change in taken[-2::-1]:  # what turns out not to be needed is left as the person had it
+    # the last change made it fit; each of those before it may not be needed, and is then left as the person had it
+    for change in taken[-2::-1]:
         less = [c for c in taken if c is not change]
         taken = less if fits(less) else taken
     return fits(taken)
@@ -177,22 +181,23 @@ def nearest_fit(setup: Setup, rows_tokens: Sequence[int] = ()) -> tuple[dict[str
 
 def require_fit(setup: Setup, *, rows_tokens: Sequence[int]) -> Plan:
     """The plan of a run; raises `ModelError` with the nearest one that fits when its machine is too small."""
-    made = plan_training(setup, rows_tokens)
-    if made.memory_mb > setup.machine.memory_mb:
-        raise ModelError(too_large(setup, made, rows_tokens))
-    return made
+    plan = plan_training(setup, rows_tokens)
+    if plan.memory_mb > setup.machine.memory_mb:
+        raise ModelError(too_large(setup, plan, rows_tokens))
+    return plan
 
 
-def too_large(setup: Setup, made: Plan, rows_tokens: Sequence[int] = ()) -> str:
+def too_large(setup: Setup, plan: Plan, rows_tokens: Sequence[int] = ()) -> str:
     """One line: what is needed, what there is, and which parameters to change."""
     instead = "no way to tune it fits, take a smaller base_model"
-    if fitting := nearest_fit(setup, rows_tokens):
+    fitting = nearest_fit(setup, rows_tokens)
+    if fitting:
         changes, smaller = fitting
         words = " ".join(f"{name}={str(value).lower()}" for name, value in changes.items())
         instead = f"{words} needs {smaller.memory_mb / 1024:.1f} GB"
     machine = setup.machine
     return (
-        f"{setup.base_model} with method={setup.method} needs {made.memory_mb / 1024:.1f} GB and {machine.name} has "
+        f"{setup.base_model} with method={setup.method} needs {plan.memory_mb / 1024:.1f} GB and {machine.name} has "
         f"{machine.memory_mb / 1024:.1f} GB free: {instead}"
     )
 
@@ -206,8 +211,8 @@ def foresee(p: Training, machine: Machine) -> tuple[Plan | None, str]:
         setups = [resolve_setup(p, fit, machine) for fit in p.fits()]
         plans = [plan_training(setup) for setup in setups]
         setup, largest = max(zip(setups, plans), key=lambda pair: pair[1].memory_mb)
-        made = replace(largest, seconds=sum(each.seconds for each in plans))  # one after the other
-        return made, too_large(setup, largest) if largest.memory_mb > machine.memory_mb else ""
+        plan = replace(largest, seconds=sum(each.seconds for each in plans))  # one after the other
+        return plan, too_large(setup, largest) if largest.memory_mb > machine.memory_mb else ""
     if not isinstance(p, CompareGenerations):
         return None, ""
     dtype = dtype_on(machine, p.dtype)
@@ -219,5 +224,5 @@ def foresee(p: Training, machine: Machine) -> tuple[Plan | None, str]:
         "process": 0 if machine.gpu else PROCESS / MB,
     }
     seconds = 3 * len(p.prompts) * p.max_new_tokens * weights / machine.gb_per_s / 1e9
-    made = Plan(sum(parts.values()), seconds, parts)
-    return made, "" if made.memory_mb <= machine.memory_mb else f"needs {made.memory_mb / 1024:.1f} GB"
+    plan = Plan(sum(parts.values()), seconds, parts)
+    return plan, "" if plan.memory_mb <= machine.memory_mb else f"needs {plan.memory_mb / 1024:.1f} GB"

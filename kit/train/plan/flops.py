@@ -14,9 +14,7 @@ DoRA's norms (1.2 % of 4 × 256 tokens of SmolLM2-135M, 0.4 % of 4,096 of Llama-
 from __future__ import annotations
 
 import math
-import re
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import mul
 from typing import Any, NamedTuple
@@ -102,6 +100,7 @@ class ModelFlops:
         return self.total([length]) / length
 
     def _work(self, lengths: Sequence[float]) -> Cost:
+        # a learned prompt stands before every row, and its positions are computed like any other
         rows = np.asarray(lengths, dtype=float) + self.virtual
         return Cost(rows.sum(), self._pairs(rows, math.inf), self._pairs(rows, self.window), len(rows))
 
@@ -110,6 +109,7 @@ class ModelFlops:
             near = np.minimum(n, window)
             return near * n - near * near / 2
 
+        # a prefix's keys are seen by every query, but it asks nothing itself
         seen = half(rows + self.prefix) - half(self.prefix)
         return (seen if self.causal else seen + half(rows)).sum()
 
@@ -117,6 +117,7 @@ class ModelFlops:
 def deeper(one: ModelFlops, two: ModelFlops, layers: int) -> ModelFlops:
     """FLOPs of a model of `layers` like layers, from those of its copies with one and with two."""
 
+    # embedding and head are in both, so the difference of the two is one layer
     def grown(a: Any, b: Any) -> Any:
         return Cost(*map(grown, a, b)) if isinstance(a, Cost) else a + (b - a) * (layers - 1)
 
@@ -146,10 +147,13 @@ def model_flops(model: nn.Module, *, causal: bool | None = None) -> ModelFlops:
     """
     seen, attended = _probe(model)
     costs = {kind: dict.fromkeys(Cost._fields, 0.0) for kind in ("step", "forward", "again")}
-    for m in seen:
-        for kind, flops in zip(costs, (m.step, m.forward, m.again * m.forward), strict=True):
-            costs[kind][m.each] += flops
-    head, used = model.get_output_embeddings(), [m for m in seen if m.each != "batch"]
+    for matmul in seen:
+        each = (matmul.step, matmul.forward, matmul.again * matmul.forward)
+        for kind, flops in zip(costs, each, strict=True):
+            costs[kind][matmul.each] += flops
+    # what is done once a batch has no parameters of the model's own: a prompt's network, DoRA's norms
+    used = [matmul for matmul in seen if matmul.each != "batch"]
+    head = model.get_output_embeddings()
     return ModelFlops(
         trained=sum(m.parameters for m in used if m.trained),
         frozen=sum(m.parameters for m in used if not m.trained),
@@ -166,72 +170,104 @@ PARTS = (("q_proj", "query", "q_lin"), ("k_proj", "key", "k_lin"), ("v_proj", "v
 """What models call the projections to queries, keys and values; others make all three in one."""
 
 
-def _probe(model: nn.Module) -> tuple[list[_Matmul], list[tuple[int, bool]]]:
-    """Every matmul of one row's forward pass; of every attention its window, and whether it is causal."""
-    seen: list[_Matmul] = []
-    attended: list[tuple[int, bool]] = []
-    flows: dict[nn.Module | None, bool] = {}
-    begun: dict[nn.Module, int] = {}
-    kept: list[None] = []  # by autograd, for the backward pass
-    virtual, prefix = virtual_tokens(model), virtual_tokens(model, prefix=True)
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = 2.0 * config.num_attention_heads * head  # one of the two matmuls of a query and a key
+class _Probe:
+    """Hooks that note every matmul of one row's forward pass, and of every attention its window and whether it is causal.
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept.append(None)
-        return x
+    Used as a context: the hooks are gone when it ends.
+    """
 
-    def linear(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        inputs, trained = args[0].numel() // args[0].shape[-1], module.weight.requires_grad
-        each = {PROBE_TOKENS + virtual: "position", 1: "row"}.get(inputs, "batch")
-        # once a batch: P-tuning's network makes the prompt; DoRA sends an identity through adapters, no gradient back
-        forward = 2.0 * _size(module) * (inputs if each == "batch" else 1)
-        back = trained + args[0].requires_grad if each != "batch" or inputs == virtual else 0
-        seen.append(_Matmul(each, forward, forward * (1 + back), len(kept), _size(module), trained))
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[_Matmul] = []
+        self.attended: list[tuple[int, bool]] = []
+        self.begun: dict[nn.Module, int] = {}
+        """Of each layer that can be recomputed, how many matmuls had been seen when it began."""
+        self.flows: dict[nn.Module, bool] = {}
+        """Of each projection to queries, keys or values, whether a gradient flows back through its output."""
+        self.kept = 0
+        """Tensors that autograd has saved so far for the backward pass."""
+        self.virtual, self.prefix = virtual_tokens(model), virtual_tokens(model, prefix=True)
+        self.config = model.config.get_text_config()
+        heads = self.config.num_attention_heads
+        head = getattr(self.config, "head_dim", None) or self.config.hidden_size // heads
+        self.pair = 2.0 * heads * head  # FLOPs of one of the two matmuls of a query and a key, all heads
+        self.hooks = [hook for module in model.modules() for hook in self._hooks(module)]
 
-    def attention(module: nn.Module, args: tuple, output: tuple) -> None:
-        parts = (next((getattr(module, n) for n in names if hasattr(module, n)), None) for names in PARTS)
-        q, k, v = (flows.get(part, output[0].requires_grad) for part in parts)
-        k, v = k or prefix > 0, v or prefix > 0
-        # gradients of the queries, the keys, the values, and of the weights that the first two share
-        matmuls = 2 + q + k + v + (q or k)
-        window = getattr(module, "sliding_window", getattr(config, "sliding_window", None)) or 0
-        if (kinds := getattr(config, "layer_types", None)) and kinds[len(attended)] != "sliding_attention":
-            window = 0
-        seen.append(_Matmul("near" if window else "pair", 2 * width, matmuls * width, len(kept)))
-        attended.append((window, getattr(module, "is_causal", True)))
+    def __enter__(self) -> _Probe:
+        return self
 
-    def end(module: nn.Module, args: tuple, output: Any) -> None:
-        for m in seen[begun[module] :]:  # recomputing stops at the last tensor that the backward pass needs
-            m.again |= len(kept) > m.kept
+    def __exit__(self, *_: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
-    hooks = []
-    for module in model.modules():
+    def _hooks(self, module: nn.Module) -> Iterator[Any]:
         # a PEFT wrapper holds the linear layers it adds to; those are counted, the wrapper is not
         if isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "base_layer"):
-            hooks.append(module.register_forward_hook(linear))
+            yield module.register_forward_hook(self._linear)
         named = hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
         if named or any(hasattr(module, name) for name in PARTS[0]):
             for part in (getattr(module, n) for names in PARTS for n in names if hasattr(module, n)):
-                hooks.append(part.register_forward_hook(lambda m, _, x: flows.update({m: x.requires_grad})))
-            hooks.append(module.register_forward_hook(attention))
+                yield part.register_forward_hook(
+                    lambda m, _, output: self.flows.update({m: output.requires_grad})
+                )
+            yield module.register_forward_hook(self._attention)
         if isinstance(module, GradientCheckpointingLayer):
-            hooks.append(module.register_forward_pre_hook(lambda m, _: begun.update({m: len(seen)})))
-            hooks.append(module.register_forward_hook(end))
-    was_training, device = model.training, next(model.parameters()).device
-    model.eval()
+            yield module.register_forward_pre_hook(lambda m, _: self.begun.update({m: len(self.seen)}))
+            yield module.register_forward_hook(self._layer_end)
+
+    def keep(self, saved: torch.Tensor) -> torch.Tensor:
+        """What autograd calls for each tensor that it saves."""
+        self.kept += 1
+        return saved
+
+    def _linear(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        """A layer with weights: 2N forward, and as much for each gradient that flows back from it."""
+        inputs = args[0].numel() // args[0].shape[-1]
+        trained = module.weight.requires_grad
+        each = {PROBE_TOKENS + self.virtual: "position", 1: "row"}.get(inputs, "batch")
+        # once a batch: P-tuning's network makes the prompt; DoRA sends an identity through adapters, no gradient back
+        forward = 2.0 * _size(module) * (inputs if each == "batch" else 1)
+        back = trained + args[0].requires_grad if each != "batch" or inputs == self.virtual else 0
+        self.seen.append(_Matmul(each, forward, forward * (1 + back), self.kept, _size(module), trained))
+
+    def _attention(self, module: nn.Module, args: tuple, output: tuple) -> None:
+        """Queries times keys, and weights times values: no parameters, and FLOPs for each attended pair."""
+        parts = (next((getattr(module, n) for n in names if hasattr(module, n)), None) for names in PARTS)
+        q, k, v = (self.flows.get(part, output[0].requires_grad) for part in parts)
+        # a learned prefix is trained, and stands among the keys and values of every layer
+        k, v = k or self.prefix > 0, v or self.prefix > 0
+        # gradients of the queries, the keys, the values, and of the weights that the first two share
+        matmuls = 2 + q + k + v + (q or k)
+        window = getattr(module, "sliding_window", getattr(self.config, "sliding_window", None)) or 0
+        # models that mix both kinds say of each layer which it is, and give all of them the window
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds and kinds[len(self.attended)] != "sliding_attention":
+            window = 0
+        self.seen.append(_Matmul("near" if window else "pair", 2 * self.pair, matmuls * self.pair, self.kept))
+        self.attended.append((window, getattr(module, "is_causal", True)))
+
+    def _layer_end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Of a layer, what is done before the last tensor that the backward pass needs is recomputed."""
+        for matmul in self.seen[self.begun[module] :]:
+            matmul.again |= self.kept > matmul.kept
+
+
+def _probe(model: nn.Module) -> tuple[list[_Matmul], list[tuple[int, bool]]]:
+    """Every matmul of one row's forward pass; of every attention its window, and whether it is causal."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()  # dropout would let autograd keep other tensors than a run without it
     try:
-        ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=device)
-        # on a GPU adapters may be in another type than what they are added to, until autocast makes them one
-        mixed = torch.autocast(device.type, enabled=device.type == "cuda")
-        with torch.enable_grad(), mixed, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            model(input_ids=ids, **({"use_cache": False} if hasattr(config, "use_cache") else {}))
+        with _Probe(model) as probe:
+            ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=device)
+            cache = {"use_cache": False} if hasattr(probe.config, "use_cache") else {}
+            # on a GPU adapters may be in another type than what they are added to, until autocast makes them one
+            mixed = torch.autocast(device.type, enabled=device.type == "cuda")
+            saved = torch.autograd.graph.saved_tensors_hooks(probe.keep, lambda tensor: tensor)
+            with torch.enable_grad(), mixed, saved:
+                model(input_ids=ids, **cache)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return seen, attended
+    return probe.seen, probe.attended
 
 
 def virtual_tokens(model: nn.Module, *, prefix: bool = False) -> int:
@@ -253,50 +289,3 @@ def naive_6n(model: nn.Module) -> float:
     """6 × all parameters: what most tools print, up to 1.5 times too much for LoRA."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return 6.0 * sum(p.numel() for p in base.parameters())
-
-
-TYPES = ("float32", "tf32", "float16", "bfloat16", "fp8")
-PEAKS: dict[str, tuple[float, ...]] = {
-    "B200": (75, 1100, 2250, 2250, 4500),
-    "H200": (66.9, 494.7, 989.4, 989.4, 1978.9),
-    "H100 80GB HBM3": (66.9, 494.7, 989.4, 989.4, 1978.9),
-    "H100 PCIe": (51, 378, 756, 756, 1513),
-    r"A100[- ](SXM4-[48]0GB|PCIE-40GB|80GB PCIe)": (19.5, 156, 312, 312, 0),
-    "L40S": (91.6, 183, 362, 362, 733),
-    "RTX 4090": (82.6, 82.6, 165.2, 165.2, 330.3),
-    "A10G": (35, 35, 70, 70, 0),
-    "L4": (30.3, 60, 121, 121, 242.5),
-    "T4": (8.1, 0, 65, 0, 0),
-}
-"""Dense TFLOP/s of `TYPES` (0: none) by what torch calls a GPU, a pattern; tensor cores with float32 sums.
-
-NVIDIA's data sheets, half of what they say with sparsity; H100 SXM and H200: Hopper whitepaper, table 2; RTX 4090: Ada
-whitepaper, appendix A; B200: HGX B200's data sheet. `float32` is without TF32.
-"""
-
-
-def peak_of(device_name: str, dtype: torch.dtype | str = "bfloat16") -> float | None:
-    """The data sheet's FLOP/s of a GPU that torch calls so; None for another, a slice of one, a type it has not."""
-    kind = re.sub(r"^float8.*", "fp8", str(dtype).removeprefix("torch."))
-    named = (p for n, p in PEAKS.items() if re.fullmatch(rf"(NVIDIA |GeForce |Tesla )*{n}", device_name))
-    return dict(zip(TYPES, next(named, ()), strict=False)).get(kind, 0) * 1e12 or None
-
-
-def measured_peak(edge: int, dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """FLOP/s of the best [edge × edge] matmul seen in about `seconds`: the dense peak of this machine.
-
-    With the threads that torch uses now, on the GPU where there is one. A data sheet's peak is higher.
-    """
-    # The second matrix as it lies and transposed, as in a linear layer: a CPU without bfloat16 multiplies the first
-    # at 1 GFLOP/s and the other at 10, and a training that reaches five times the "peak" would follow.
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
-    out = torch.empty(edge, edge, device=device, dtype=dtype)
-    best, end, tries = float("inf"), time.perf_counter() + seconds, 0
-    while time.perf_counter() < end or tries < 4:  # the first of either kind warms up
-        began = time.perf_counter()
-        torch.mm(a, b.T if tries % 2 else b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best, tries = min(best, time.perf_counter() - began), tries + 1
-    return 2 * edge**3 / best

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kit import process
-from kit.train.plan.flops import measured_peak, peak_of
+from kit.train.plan.peak import measured_peak, peak_of
 
 MB = 2**20
 CPU_GB_PER_S = 10.0
@@ -33,7 +33,7 @@ GPUS = {
     "l40s": Machine("L40S", 46_068, peak_of("NVIDIA L40S"), 864),
     "rtx4090": Machine("RTX 4090", 24_564, peak_of("NVIDIA GeForce RTX 4090"), 1008),
 }
-"""NVIDIA's data sheets: memory as the driver shows it, dense bfloat16 (`flops.PEAKS`), and the memory's speed."""
+"""NVIDIA's data sheets: memory as the driver shows it, dense bfloat16 (`peak.PEAKS`), and the memory's speed."""
 
 
 def this_machine(dtype: torch.dtype) -> Machine:

@@ -115,64 +115,117 @@ class Prediction:
     idle: int = 0  # ranks without a row
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How `ranks` devices are shared out: pipeline stages × tensor-parallel ranks × copies that share the rows."""
+
+    stages: int
+    tensor: int
+    copies: int
+    shards: int
+    """Ranks that a weight is sharded over: all copies under FSDP2, else 1."""
+
+
+def _layout(work: StepWork, strategy: str, ranks: int, tensor: int) -> _Layout | str:
+    """The layout of a strategy, or why the work cannot be shared so."""
+    stages = ranks if strategy == "pipeline" else 1
+    group = {"tensor": ranks, "tensor_ddp": tensor, "tensor_data": tensor}.get(strategy, 1)
+    # a stage holds whole layers, a tensor-parallel rank whole heads, and every group has as many ranks
+    shared = (work.layers, "layers", stages), (work.heads, "KV heads", group), (ranks, "ranks", group)
+    for number, name, by in shared:
+        near = min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - by))
+        if near != by:
+            return f"{by} cannot share {number} {name}; {near} can"
+    copies = ranks // (stages * group)
+    return _Layout(stages, group, copies, copies if strategy in ("fsdp", "tensor_data") else 1)
+
+
 def predict(work: StepWork, links: Links, strategy: str, ranks: int, tensor: int = 1) -> Prediction:
-    """One step on `ranks` devices; `tensor`: size of the tensor-parallel groups of `tensor_data`. Raises `ModelError`."""
+    """One step on `ranks` devices; `tensor`: size of the tensor-parallel groups of `tensor_data`. Raises `ModelError`.
+
+    step = compute + exposed + bubble, in seconds of the slowest rank. Exposed is what is sent (bytes / link + starts)
+    less what arithmetic hides of it: DDP's all-reduce behind the last backward pass, FSDP2's gathering and scattering
+    behind all of the compute, `Links.overlap` of it at most; of tensor and pipeline parallelism nothing is hidden. The
+    bubble is (compute + exposed) / chunks × (stages − 1).
+    """
     if strategy not in STRATEGIES or min(ranks, tensor) < 1:
         raise ModelError(f"no strategy '{strategy}' on {ranks} ranks; known: {', '.join(STRATEGIES)}")
-    s = ranks if strategy == "pipeline" else 1
-    t = {"tensor": ranks, "tensor_ddp": tensor, "tensor_data": tensor}.get(strategy, 1)
-    shared = (work.layers, "layers", s), (work.heads, "KV heads", t), (ranks, "ranks", t)
-    for what, name, by in shared:
-        near = min((n for n in range(1, what + 1) if what % n == 0), key=lambda n: abs(n - by))
-        if near != by:
-            return Prediction(strategy, ranks, f"{by} cannot share {what} {name}; {near} can")
-    d, m = ranks // (s * t), work.microbatches
-    shards, chunks = d if strategy in ("fsdp", "tensor_data") else 1, (work.chunks or m) if s > 1 else m
-    most = math.ceil(work.rows / d)  # rows of the fullest rank
-    share = most / work.rows if work.rows else 1 / d
-    passes = math.ceil(share * m - 1e-9)
-    one = work.flops / links.flops_per_s + m * work.pass_s
-    stage = work.flops / s + (1 - 1 / s) * work.end_flops  # the slowest: its layers and one end
-    compute = stage * share / t / links.flops_per_s + (passes if s == 1 else 1) * work.pass_s
-    volume, taken, exposed, over = 0.0, 0.0, 0.0, {}
-    for sent, starts, group, apart, behind in _sends(work, s, t, d, shards, share, passes, compute):
+    layout = _layout(work, strategy, ranks, tensor)
+    if isinstance(layout, str):
+        return Prediction(strategy, ranks, layout)
+    stages, copies = layout.stages, layout.copies
+
+    # rows are dealt out whole, so the fullest rank decides: its share of the batch, and the passes it needs
+    most = math.ceil(work.rows / copies)
+    share = most / work.rows if work.rows else 1 / copies
+    passes = math.ceil(
+        share * work.microbatches - 1e-9
+    )  # a share of exactly one pass must not round up to two
+    chunks = (work.chunks or work.microbatches) if stages > 1 else work.microbatches
+
+    # seconds of arithmetic: on one device, and on the slowest rank, whose stage has its layers and one end
+    one = work.flops / links.flops_per_s + work.microbatches * work.pass_s
+    stage = work.flops / stages + (1 - 1 / stages) * work.end_flops
+    compute = stage * share / layout.tensor / links.flops_per_s
+    compute += (passes if stages == 1 else 1) * work.pass_s
+    # bytes and seconds of what is sent, and the seconds of it that nothing hides
+    volume, taken, exposed = 0.0, 0.0, 0.0
+    over: dict[str, bool] = {}
+    for sent, starts, group, apart, behind in _sends(work, layout, share, passes, compute):
         link, speed = links.ring(group, apart)
         seconds = sent / speed + starts * links.latency_s
         volume, taken, over[link] = volume + sent, taken + seconds, True
         exposed += seconds - min(links.overlap * seconds, behind)
-    bubble = (compute + exposed) / chunks * (s - 1)
+    bubble = (compute + exposed) / chunks * (stages - 1)
     step = compute + exposed + bubble
-    part = (1 / s + (1 - 1 / s) * work.end / work.parameters) / t / shards
+    memory = _memory(work, layout, share, passes, chunks)
+    link = "both" if len(over) > 1 else "".join(over)
+    idle = copies - math.ceil(work.rows / most) if work.rows else 0
+    seconds = (compute, taken, exposed, bubble, step)
+    return Prediction(
+        strategy, ranks, "", memory, volume, link, *seconds, one / step, one / step / ranks, idle
+    )
+
+
+def _memory(work: StepWork, layout: _Layout, share: float, passes: int, chunks: int) -> dict[str, float]:
+    """Bytes at the peak of the fullest rank, by what they hold."""
+    stages, tensor, shards = layout.stages, layout.tensor, layout.shards
+    # a pipeline's fullest stage has one end beside its layers; tensor parallelism and sharding divide all of it
+    part = (1 / stages + (1 - 1 / stages) * work.end / work.parameters) / tensor / shards
     # FSDP2 holds this layer and the next whole, or one end; gradients are whole until the last pass scatters them
-    gathered = (shards > 1) * max(work.end, 2 * (work.parameters - work.end) / work.layers) / t * work.wire
-    kept = work.activations * min(1.0, share * m / passes) * m / chunks * min(s, chunks) / s
-    kept *= work.replicated + (1 - work.replicated) / t
-    memory = {
+    two_layers = 2 * (work.parameters - work.end) / work.layers
+    gathered = (shards > 1) * max(work.end, two_layers) / tensor * work.wire
+    # 1F1B: as many chunks as there are stages are on their way at most
+    kept = work.activations * min(1.0, share * work.microbatches / passes)
+    kept *= work.microbatches / chunks * min(stages, chunks) / stages
+    kept *= work.replicated + (1 - work.replicated) / tensor
+    return {
         "weights": work.parameters * work.weight * part + gathered,
         "gradients": work.trained * work.gradient * part * (shards if passes > 1 else 1),
         "optimizer": work.trained * work.optimizer * part,
+        # AdamW's update needs its room when activations are gone
         "activations": max(kept, work.trained * work.update * part),
     }
-    link, took = "both" if len(over) > 1 else "".join(over), (compute, taken, exposed, bubble, step)
-    idle = d - math.ceil(work.rows / most) if work.rows else 0
-    return Prediction(strategy, ranks, "", memory, volume, link, *took, one / step, one / step / ranks, idle)
 
 
 def _sends(
-    work: StepWork, s: int, t: int, d: int, shards: int, share: float, passes: int, compute: float
+    work: StepWork, layout: _Layout, share: float, passes: int, compute: float
 ) -> Iterator[tuple[float, float, int, int, float]]:
     """Bytes that a rank sends, in how many collectives, ranks of a ring and their distance, seconds to hide it behind."""
-    gradients, each = work.trained * work.gradient / t, work.positions * share * work.hidden * work.value
-    if shards > 1:
-        sent = (d - 1) / d * (2 * passes * work.parameters / t * work.wire + gradients)
-        yield sent, (2 * passes + 1) * (work.layers + 1), d, t, compute
-    elif d > 1:  # behind the last pass's backward part, two thirds of it
-        yield 2 * (d - 1) / d * gradients, math.ceil(gradients / BUCKET), d, t, compute / passes * 2 / 3
-    if t > 1:
+    stages, tensor, copies = layout.stages, layout.tensor, layout.copies
+    gradients = work.trained * work.gradient / tensor
+    each = work.positions * share * work.hidden * work.value  # bytes of one layer's output
+    if layout.shards > 1:
+        sent = (copies - 1) / copies * (2 * passes * work.parameters / tensor * work.wire + gradients)
+        yield sent, (2 * passes + 1) * (work.layers + 1), copies, tensor, compute
+    elif copies > 1:  # behind the last pass's backward part, two thirds of it
+        sent = 2 * (copies - 1) / copies * gradients
+        yield sent, math.ceil(gradients / BUCKET), copies, tensor, compute / passes * 2 / 3
+    if tensor > 1:
         sums = work.reductions * work.layers
-        yield 2 * (t - 1) / t * sums * each, sums * passes, t, 1, 0.0
-    if s > 1:
-        yield 2 * each, 2 * (work.chunks or work.microbatches), s, 1, 0.0
+        yield 2 * (tensor - 1) / tensor * sums * each, sums * passes, tensor, 1, 0.0
+    if stages > 1:
+        yield 2 * each, 2 * (work.chunks or work.microbatches), stages, 1, 0.0
 
 
 def work_of(setup: Setup) -> StepWork:
@@ -181,14 +234,18 @@ def work_of(setup: Setup) -> StepWork:
     from kit.train.plan import fit as plan
 
     seen, fit, machine, dtype = setup.seen, setup.fit, setup.machine, setup.dtype
-    made = plan.plan_training(setup)
+    estimate = plan.plan_training(setup)
     config = dry.read_config(setup.base_model, setup.trust_remote_code).get_text_config()
     # a plan's activations are the room that AdamW's update takes where that is more; in 8 bits it takes none
     forward = plan.plan_training(replace(setup, optimizer="adamw_8bit")).parts["activations"]
     passes, saved = fit.accumulation, max(forward * plan.MB, 1.0)
     texts = fit.step_rows * fit.texts
     parameters = seen.linear + seen.other + seen.trained * (not setup.full)
-    weight = sum(made.parts.get(x, 0) for x in ("weights", "trained", "reference")) * plan.MB / parameters
+    weight = (
+        sum(estimate.parts.get(part, 0) for part in ("weights", "trained", "reference"))
+        * plan.MB
+        / parameters
+    )
     positions = texts * (fit.tokens + seen.virtual)
     again = setup.activation_checkpointing
     inputs = again * seen.layers * seen.hidden * dtype.itemsize * positions / passes / saved
@@ -201,7 +258,7 @@ def work_of(setup: Setup) -> StepWork:
         hidden=seen.hidden,
         tokens=texts * fit.tokens,
         positions=positions,
-        flops=(made.seconds / fit.steps - passes * plan.PASS_S) * speed,
+        flops=(estimate.seconds / fit.steps - passes * plan.PASS_S) * speed,
         activations=saved,
         rows=texts,
         microbatches=passes,
@@ -227,13 +284,15 @@ def measured_links(flops_per_s: float, overlap: float = 0.0, repeats: int = 9) -
     n, taken = dist.get_world_size(), []
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     for size in SIZES:
-        x, seconds = torch.zeros(size // 4, device=device), []
+        tensor = torch.zeros(size // 4, device=device)
+        seconds: list[float] = []
         for _ in range(repeats + 1):
             began = time.perf_counter()
-            dist.all_reduce(x)
-            x[0].item()  # on a GPU: waits for it
+            dist.all_reduce(tensor)
+            tensor[0].item()  # on a GPU: waits for it
             seconds.append(time.perf_counter() - began)
         taken.append(statistics.median(seconds[1:]))  # the first opens connections
+    # the slowest rank is what all wait for, and every rank must come to the same line
     agreed = torch.tensor(taken, device=device)
     dist.all_reduce(agreed, dist.ReduceOp.MAX)
     slope, start = np.polyfit(SIZES, agreed.tolist(), 1)

@@ -113,6 +113,7 @@ class Setup:
 
     def with_rows(self, rows: int) -> Setup:
         """The same training with `rows` rows a pass."""
+        # the parameters change along, so that a manifest says what ran
         fit = replace(self.fit, rows=rows, fill_memory=False)
         return replace(self, fit=fit, given=self.given.model_copy(update={fit.batch_field: rows}))
 
@@ -151,6 +152,7 @@ def resolve_setup(
     A stage that offers no choice of method trains all weights, with the rest as `Tuning` has it by default. Raises
     `ModelError` for all weights over a quantised base.
     """
+    # a stage with two trainings has to say which one is meant
     if fit is None:
         (fit,) = p.fits()
     chosen = p if isinstance(p, Tuning) else Tuning(method="full")
@@ -206,6 +208,7 @@ def trainer_arguments(setup: Setup, model: torch.nn.Module, folder: Path) -> dic
         **settings.arguments(recipe),
         "save_strategy": "steps" if fit.checkpoint_steps else "no",
         "save_steps": fit.checkpoint_steps or 500,
+        # two: the last may have been cut off while it was written
         "save_total_limit": 2,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # the default shows the mean so far instead of a NaN
@@ -216,6 +219,7 @@ def trainer_arguments(setup: Setup, model: torch.nn.Module, folder: Path) -> dic
 
 def set_attention(model: torch.nn.Module, kernel: str) -> None:
     """Give a model another attention kernel; raises `ModelError` where it has none of the kind."""
+    # PEFT's wrapper has a configuration of its own, which knows no kernels
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if inner.config._attn_implementation == kernel:
         return
