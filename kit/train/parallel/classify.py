@@ -64,28 +64,35 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         encoded = encode_texts(tokenizer, [text for text, _ in train], p.max_tokens)
         save_rows(folder / ROWS, encoded, [label for _, label in train])
         steps = schedule(p, encoded)
-        reached, lengths = {i for step in steps for i in step}, [[len(encoded[i]) for i in s] for s in steps]
+        reached = {i for step in steps for i in step}
+        lengths = [[len(encoded[i]) for i in step] for step in steps]
         config = AutoConfig.from_pretrained(folder / START)
         ways = {name: jobs(p, name) for name in ("one", *p.strategies)}
+        # all of them before the first starts: the last one's error would come after an hour
         for name, (job, ranks) in ways.items():
             require(name, job, ranks, config)
-        made, losses, reports = [], {}, []
+        way_rows: list[dict[str, Any]] = []
+        losses: dict[str, list[float]] = {}
+        reports: list[dict[str, Any]] = []
         with progress(len(ways) * (p.classify_steps + p.check_steps), "classify", "steps") as bar:
             for name, (job, ranks) in ways.items():
                 report = launch(folder, job, ranks, bar)
-                found = consolidated_accuracy(p, folder, tokenizer, held, folder / f"model-{name}")
-                made.append(way_row(name, job, report, found, counted, lengths))
+                # of the model that its files make, not of the one in the ranks' memory
+                accuracy = consolidated_accuracy(p, folder, tokenizer, held, folder / f"model-{name}")
+                way_rows.append(way_row(name, job, report, accuracy, counted, lengths))
                 losses[name] = report[0]["checked"] + report[0]["losses"]
                 reports += report
-        one = made[0]
-        for m in made:
-            m["speed_up"] = one["seconds"] / m["seconds"]
-            m["predicted"] = predicted_speed_up(ways[m["strategy"]], m, one, config, lengths)
-            m["loss_difference"] = max(
-                abs(a - b) for a, b in zip(losses[m["strategy"]][: p.check_steps], losses["one"])
-            )
+
+        # each beside one process on the same rows, which always runs first
+        one = way_rows[0]
+        for row in way_rows:
+            row["speed_up"] = one["seconds"] / row["seconds"]
+            row["predicted"] = predicted_speed_up(ways[row["strategy"]], row, one, config, lengths)
+            # only the first steps, in float32: later ones drift apart by rounding, which says nothing of a strategy
+            checked = losses[row["strategy"]][: p.check_steps]
+            row["loss_difference"] = max(abs(a - b) for a, b in zip(checked, losses["one"]))
         base = baseline(train, held)
-        out.rows("strategies", [{**m, "links": str(m["links"])} for m in made], measured=True)
+        out.rows("strategies", [{**row, "links": str(row["links"])} for row in way_rows], measured=True)
         out.rows("ranks", [_flat(r) for r in reports], measured=True)
         out.table("losses", pa.Table.from_pydict(losses), measured=True)
         out.folder("model", folder / f"model-{([*ways][1:] or ['one'])[0]}")
@@ -96,19 +103,19 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         counts = Counts(
             records_in=len(rows), records_out=len(reached), dropped={k: v for k, v in dropped.items() if v}
         )
-        metrics = {"strategies": made, "baseline_accuracy": base, "heldout_rows": len(held)}
+        metrics = {"strategies": way_rows, "baseline_accuracy": base, "heldout_rows": len(held)}
         metrics |= {"majority_accuracy": majority(held), "what_ran": reports, "base": p.encoder}
         return out.commit(counts, metrics)
 
 
 def labelled(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, int]]:
     """(text, label) of the rows that have one; raises `ModelError` for none, or all of one label."""
-    found = [(r["completion"].strip(), int(r["label"])) for r in rows if r["label"] is not None]
-    labels = {label for _, label in found}
+    pairs = [(r["completion"].strip(), int(r["label"])) for r in rows if r["label"] is not None]
+    labels = {label for _, label in pairs}
     if len(labels) < 2:
-        what = f"all {len(found)} are {LABELS[labels.pop()]}" if labels else "none has a rating"
+        what = f"all {len(pairs)} are {LABELS[labels.pop()]}" if labels else "none has a rating"
         raise ModelError(f"the {name} rows of 50_build_datasets cannot teach a classifier: {what}")
-    return found
+    return pairs
 
 
 def write_start(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFlops:
@@ -116,15 +123,23 @@ def write_start(p: ClassifySentiment, tokenizer: PreTrainedTokenizerBase, folder
     torch.manual_seed(p.seed)
     said = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # that the head is new is known
+    # dropout draws differ by rank, and then so do the losses that are to be compared
     none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     model = load.open_pretrained(
-        AutoModelForSequenceClassification, p.encoder, dtype=torch.float32, use_safetensors=True,
-        num_labels=len(LABELS), id2label=LABELS, label2id={v: k for k, v in LABELS.items()}, **none,
-    )  # fmt: skip
+        AutoModelForSequenceClassification,
+        p.encoder,
+        dtype=torch.float32,
+        use_safetensors=True,
+        num_labels=len(LABELS),
+        id2label=LABELS,
+        label2id={v: k for k, v in LABELS.items()},
+        **none,
+    )
     transformers_logging.set_verbosity(said)
     most = model.config.max_position_embeddings
     if p.max_tokens > most:
         raise ModelError(f"max_tokens={p.max_tokens} is longer than the model's context of {most} tokens")
+    # a temporary folder's name has no business in a model that is kept
     model.config._name_or_path = p.encoder
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     return model_flops(model, causal=False)
@@ -158,7 +173,9 @@ def consolidated_accuracy(
     consolidate(folder / CHECKPOINT, target, 1000, folder / START)
     model = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32)
     model.to(load.device()).eval()
-    order, right = sorted(range(len(held)), key=lambda i: len(held[i][0])), 0
+    # like lengths together: less padding
+    order = sorted(range(len(held)), key=lambda i: len(held[i][0]))
+    right = 0
     for start in range(0, len(order), 32):
         taken = [held[i] for i in order[start : start + 32]]
         inputs = tokenizer(
@@ -182,12 +199,17 @@ def way_row(
     counted: ModelFlops,
     steps: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """One way as one row; `steps`: the lengths in tokens of each one's rows. Times and FLOPs are of the same steps: all but warm-up and the one that was profiled."""
+    """One way as one row; `steps`: the lengths in tokens of each one's rows.
+
+    Times and FLOPs are of the same steps: all but warm-up and the one that was profiled.
+    """
     seconds = report[0]["seconds"]
     counted_steps = timed(len(seconds))
     tokens = sum(sum(steps[i]) for i in counted_steps)
     flops = sum(counted.total(steps[i]) for i in counted_steps)
-    spent, peak = sum(seconds[i] for i in counted_steps), sum(r["peak_flops_per_s"] for r in report)
+    spent = sum(seconds[i] for i in counted_steps)
+    # all ranks' together, each measured while the others computed, too
+    peak = sum(r["peak_flops_per_s"] for r in report)
     return {
         "strategy": name,
         "ranks": len(report),
@@ -209,7 +231,7 @@ def way_row(
 
 def predicted_speed_up(
     way: tuple[RankJob, int],
-    made: dict[str, Any],
+    row: dict[str, Any],
     one: dict[str, Any],
     config: PretrainedConfig,
     steps: Sequence[Sequence[int]],
@@ -223,36 +245,38 @@ def predicted_speed_up(
     if ranks == 1:
         return 1.0
     longest = [padded_length(max(step)) for step in steps]
+    # in units of one process's step: it makes `step_seconds` FLOPs at one FLOP/s
     work = StepWork(
-        parameters=one["parameters_a_rank"], trained=one["parameters_a_rank"], layers=config.num_hidden_layers,
-        heads=config.num_attention_heads, hidden=config.hidden_size, tokens=sum(map(sum, steps)) / len(steps),
-        positions=job.rows * sum(longest) / len(longest), flops=one["step_seconds"], activations=0.0, rows=job.rows,
-        microbatches=job.accumulation, chunks=job.accumulation * ranks, value=2.0 if job.dtype == "bfloat16" else 4.0,
+        parameters=one["parameters_a_rank"],
+        trained=one["parameters_a_rank"],
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        hidden=config.hidden_size,
+        tokens=sum(map(sum, steps)) / len(steps),
+        positions=job.rows * sum(longest) / len(longest),
+        flops=one["step_seconds"],
+        activations=0.0,
+        rows=job.rows,
+        microbatches=job.accumulation,
+        chunks=job.accumulation * ranks,
+        value=2.0 if job.dtype == "bfloat16" else 4.0,
         end=config.vocab_size * config.hidden_size,
-    )  # fmt: skip
-    slower = made["peak_flops_a_rank"] / one["peak_flops_a_rank"]
+    )
+    slower = row["peak_flops_a_rank"] / one["peak_flops_a_rank"]
     if not torch.cuda.is_available():
         slower = min(slower, process.cores() / (ranks * job.threads))
-    links = Links(**{**made["links"], "flops_per_s": slower})
+    links = Links(**{**row["links"], "flops_per_s": slower})
     # over one process that has a core to itself
     return slower * predict(work, links, job.strategy, ranks, job.tensor).speed_up
 
 
 def _flat(report: dict[str, Any]) -> dict[str, Any]:
     """A rank's report as a row of a table."""
-    shown = (
-        "strategy",
-        "rank",
-        "device",
-        "name",
-        "threads",
-        "parameters_here",
-        "communication",
-        "peak_flops_per_s",
-    )
+    who = ("strategy", "rank", "device", "name", "threads")
+    what = ("parameters_here", "communication", "peak_flops_per_s")
     place = ", ".join(f"{axis} {i}" for axis, i in report["coordinate"].items())
     shards = "; ".join(f"{name} {local} of {whole}" for name, (local, whole) in report["shards"].items())
-    return {k: report[k] for k in shown} | {"place": place, "shards": shards}
+    return {name: report[name] for name in (*who, *what)} | {"place": place, "shards": shards}
 
 
 def baseline(train: Sequence[tuple[str, int]], held: Sequence[tuple[str, int]]) -> float:

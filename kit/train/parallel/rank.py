@@ -66,16 +66,19 @@ def _run(folder: Path, job: RankJob, mesh: DeviceMesh, data: Data) -> tuple[list
     steps = job.steps
     model = AutoModelForSequenceClassification.from_pretrained(folder / START, dtype=torch.float32)
     strategy = STRATEGIES[job.strategy](model.to(data.device).train(), mesh, job)
-    sliced = {True: [], False: []}  # a fused step takes weights of one kind at a time
+    # a fused step takes weights of one kind at a time, and a strategy may slice only some of them
+    sliced = {True: [], False: []}
     for w in strategy.model.parameters():
         sliced[isinstance(w, DTensor)].append(w)
     trained = [{"params": weights} for weights in sliced.values() if weights]
     optimizer = torch.optim.AdamW(trained, lr=job.learning_rate, weight_decay=0.01, fused=True)
+    # up over a tenth of the steps, from the first on above zero, then straight down to zero
     warm = max(1, steps // 10)
     rate = lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     losses, seconds = [], []
     for rows in steps_of(data.lengths, job.rows, steps, job.seed):
+        # the last step is looked into for messages, which slows it: `timed` leaves it out
         looked = profile() if len(losses) == steps - 1 and steps > WARM_UP else contextlib.nullcontext()
         began = time.perf_counter()
         with looked:
@@ -96,11 +99,12 @@ def communication(seen: profile, seconds: float) -> float:
     spans = sorted(
         (e.time_range.start, e.time_range.end) for e in seen.events() if re.match("gloo:|nccl", e.name)
     )
+    # messages overlap: seconds in which at least one was under way
     busy, until = 0.0, 0.0
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    return busy / 1e6 / seconds
+    return busy / 1e6 / seconds  # the profiler counts microseconds
 
 
 def weights_here(model: nn.Module) -> list[torch.Tensor]:
@@ -113,12 +117,12 @@ def shards(model: nn.Module) -> dict[str, list[list[int]]]:
     held = weights(model)
     first = next(name.split("layer.")[1].split(".")[0] for name in held if "encoder.layer." in name)
     shown = re.compile(rf"word_embeddings|layer\.{first}\.(attention\.self\.query|output\.dense)|classifier")
-    found = {}
+    shapes = {}
     for name, w in held.items():
         if shown.search(name) and name.endswith(".weight"):
             local = w.to_local() if isinstance(w, DTensor) else w
-            found[name] = [list(local.shape), list(w.shape)]
-    return found
+            shapes[name] = [list(local.shape), list(w.shape)]
+    return shapes
 
 
 def same_devices(names: Sequence[str]) -> None:
@@ -132,11 +136,12 @@ def main(folder: Path) -> None:
     job = RankJob(**json.loads((folder / JOB).read_text(encoding="utf-8")))
     gpu, rank = torch.cuda.is_available(), int(os.environ["RANK"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    set_threads(job.threads)
+    set_threads(job.threads)  # before the first matmul: torch sizes its pool once
     try:
         if gpu:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=job.timeout_s))
+        # before anything is measured: on mixed devices every figure would be wrong
         names: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(names, torch.cuda.get_device_name() if gpu else "cpu")
         same_devices(names)

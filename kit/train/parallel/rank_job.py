@@ -40,9 +40,10 @@ def steps_of(lengths: Sequence[int], rows: int, steps: int, seed: int) -> Iterat
 
     What does not fill a step at the end of an epoch comes in the next one, shuffled anew.
     """
-    draw, made = torch.Generator().manual_seed(seed), 0
-    while made < steps:
+    draw, given = torch.Generator().manual_seed(seed), 0
+    while given < steps:
         order = torch.randperm(len(lengths), generator=draw).tolist()
+        # sorted within windows of eight steps: less padding, and still other neighbours in every epoch
         window = rows * 8
         groups = []
         for start in range(0, len(order), window):
@@ -51,9 +52,9 @@ def steps_of(lengths: Sequence[int], rows: int, steps: int, seed: int) -> Iterat
         groups = [g for g in groups if len(g) == rows]
         if not groups:
             raise ValueError(f"{len(lengths)} rows do not fill a step of {rows}")
-        for i in torch.randperm(len(groups), generator=draw).tolist()[: steps - made]:
+        for i in torch.randperm(len(groups), generator=draw).tolist()[: steps - given]:
             yield groups[i]
-            made += 1
+            given += 1
 
 
 def padded_length(length: int) -> int:
@@ -75,8 +76,8 @@ class Data:
         ids, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(2))
         for row, i in enumerate(rows):
             ids[row, : self.lengths[i]], mask[row, : self.lengths[i]] = self.ids[i], 1
-        made = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[list(rows)]}
-        return {name: value.to(self.device) for name, value in made.items()}
+        tensors = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[list(rows)]}
+        return {name: value.to(self.device) for name, value in tensors.items()}
 
 
 def save_rows(path: Path, rows: Sequence[Sequence[int]], labels: Sequence[int]) -> None:

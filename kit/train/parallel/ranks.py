@@ -29,11 +29,18 @@ def jobs(p: ClassifySentiment, name: str) -> tuple[RankJob, int]:
     """The job of one way, and on how many ranks."""
     (fit,) = p.fits()
     job = RankJob(
-        strategy=name, rows=fit.step_rows, accumulation=fit.accumulation,
-        tensor=p.tensor_ranks, steps=fit.steps, check_steps=p.check_steps,
-        learning_rate=fit.learning_rate, dtype=str(load.pick_dtype(p.dtype)).removeprefix("torch."),
-        threads=p.rank_threads, seed=p.seed, timeout_s=p.rank_timeout_s,
-    )  # fmt: skip
+        strategy=name,
+        rows=fit.step_rows,
+        accumulation=fit.accumulation,
+        tensor=p.tensor_ranks,
+        steps=fit.steps,
+        check_steps=p.check_steps,
+        learning_rate=fit.learning_rate,
+        dtype=str(load.pick_dtype(p.dtype)).removeprefix("torch."),
+        threads=p.rank_threads,
+        seed=p.seed,
+        timeout_s=p.rank_timeout_s,
+    )
     return job, {"one": 1, "tensor_data": p.tensor_ranks * p.data_ranks}.get(name, p.ranks)
 
 
@@ -64,14 +71,16 @@ def require(name: str, job: RankJob, ranks: int, config: PretrainedConfig) -> No
 
 def launch(folder: Path, job: RankJob, ranks: int, bar: Progress) -> list[dict[str, Any]]:
     """Run `job` by `torchrun` on `ranks` processes here; what each of them reports. Raises `ModelError`."""
+    # what an earlier way left must not pass for this one's
     for old in (REPORT, *(f.name for f in folder.glob("rank-*.error"))):
         (folder / old).unlink(missing_ok=True)
+    # of another way: more ranks than now may have left shards that would be read as this one's
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     (folder / JOB).write_text(json.dumps(asdict(job)), encoding="utf-8")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-        "--nproc-per-node", str(ranks), "-m", parallel.__name__, str(folder),
-    ]  # fmt: skip
+    # port 0: any that is free, so that two runs on one machine do not meet
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [*torchrun, *meeting, "--nproc-per-node", str(ranks), "-m", parallel.__name__, str(folder)]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": paths}
     log = folder / "torchrun.log"
@@ -105,6 +114,7 @@ def launch(folder: Path, job: RankJob, ranks: int, bar: Progress) -> list[dict[s
 def cause(folder: Path, log: str) -> str:
     """Which rank failed first, and with what: the others' errors only say that it is gone."""
     killed = re.findall(r"rank\s*: (\d+) .*?\n\s*exitcode\s*: -(\d+)", log)
+    # torchrun itself ends the others with SIGTERM once one has died
     killed = [(rank, number) for rank, number in killed if int(number) != signal.SIGTERM]
     if killed:
         sent = int(killed[0][1]) == signal.SIGKILL

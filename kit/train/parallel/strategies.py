@@ -21,10 +21,13 @@ from transformers.masking_utils import create_bidirectional_mask
 from kit.train.parallel.rank_job import Batch, RankJob
 
 MEGATRON = {
-    "attention.self.query": ColwiseParallel(), "attention.self.key": ColwiseParallel(),
-    "attention.self.value": ColwiseParallel(), "attention.output.dense": RowwiseParallel(),
-    "intermediate.dense": ColwiseParallel(), "output.dense": RowwiseParallel(),
-}  # fmt: skip
+    "attention.self.query": ColwiseParallel(),
+    "attention.self.key": ColwiseParallel(),
+    "attention.self.value": ColwiseParallel(),
+    "attention.output.dense": RowwiseParallel(),
+    "intermediate.dense": ColwiseParallel(),
+    "output.dense": RowwiseParallel(),
+}
 """How a BERT layer is cut: heads and inner width by columns, then back by rows (Shoeybi et al. 2019); the rest is whole."""
 
 
@@ -52,13 +55,16 @@ class Plain:
     def step(self, rows: Sequence[int], batch: Callable[[Sequence[int]], Batch]) -> torch.Tensor:
         """Gradients of the mean loss over `rows` (all ranks'); returns that loss."""
         rank, ranks = (self.data.get_local_rank(), self.data.size()) if self.data else (0, 1)
-        passes, total = self.job.accumulation, torch.zeros(())
+        passes = self.job.accumulation
+        total = torch.zeros(())
         for i in range(passes):
             with self.synchronised(i == passes - 1):
-                made = batch(rows[i::passes][rank::ranks])
-                labels = made.pop("labels")
+                # every passes-th row, and of those every ranks-th: longest first, so all ranks get alike ones
+                inputs = batch(rows[i::passes][rank::ranks])
+                labels = inputs.pop("labels")
                 with half(self.job, labels.device):
-                    logits = self.model(**made).logits
+                    logits = self.model(**inputs).logits
+                # in float32: bfloat16 would round the differences that are to be compared away
                 loss = cross_entropy(logits.float(), labels) / passes
                 loss.backward()
             total = total.to(loss) + loss.detach()
@@ -90,6 +96,7 @@ class Fsdp(Plain):
 
     def wrap(self, model: PreTrainedModel, mesh: DeviceMesh) -> nn.Module:
         """See `Plain`."""
+        # layer by layer, the whole last: what is not in a layer (embeddings, head) is then a group of its own
         for layer in model.base_model.encoder.layer:
             fully_shard(layer, mesh=mesh["data"])
         return fully_shard(model, mesh=mesh["data"])
@@ -107,6 +114,7 @@ class Tensor(Plain):
         """See `Plain`."""
         for layer in model.base_model.encoder.layer:
             parallelize_module(layer, mesh["tensor"], MEGATRON)
+            # the module splits its output into heads by these numbers, and has fewer heads now
             attention = layer.attention.self
             attention.num_attention_heads //= mesh["tensor"].size()
             attention.all_head_size //= mesh["tensor"].size()
@@ -129,6 +137,7 @@ class Pipeline(Plain):
         self.rank, self.ranks, self.plans = mesh.get_local_rank(), mesh.size(), {}
         bert, each = model.base_model, model.config.num_hidden_layers // mesh.size()
         mine = range(self.rank * each, (self.rank + 1) * each)
+        # a dictionary and not a list: a layer keeps its number, so that the checkpoint has the whole model's names
         bert.encoder.layer = nn.ModuleDict({str(i): bert.encoder.layer[i] for i in mine})
         bert.embeddings = bert.embeddings if self.rank == 0 else None
         if self.rank < self.ranks - 1:
@@ -137,19 +146,21 @@ class Pipeline(Plain):
 
     def step(self, rows: Sequence[int], batch: Callable[[Sequence[int]], Batch]) -> torch.Tensor:
         """See `Plain`; each pass is cut further, so that as many are under way as there are ranks."""
-        made = batch(rows)
-        length, chunks = made["input_ids"].shape[1], self.job.accumulation * self.ranks
+        inputs = batch(rows)
+        length = inputs["input_ids"].shape[1]
+        chunks = self.job.accumulation * self.ranks
         if length not in self.plans:
-            stage = PipelineStage(self.model, self.rank, self.ranks, made["input_ids"].device)
+            stage = PipelineStage(self.model, self.rank, self.ranks, inputs["input_ids"].device)
             loss = lambda logits, labels: cross_entropy(logits.float(), labels)  # noqa: E731
             self.plans[length] = Schedule1F1B(stage, chunks, loss_fn=loss)
         losses: list[torch.Tensor] = []
-        first = (made["input_ids"],) if self.rank == 0 else ()
-        last = {"target": made["labels"], "losses": losses} if self.rank == self.ranks - 1 else {}
-        self.plans[length].step(*first, attention_mask=made["attention_mask"], return_outputs=False, **last)
+        first = (inputs["input_ids"],) if self.rank == 0 else ()
+        last = {"target": inputs["labels"], "losses": losses} if self.rank == self.ranks - 1 else {}
+        self.plans[length].step(*first, attention_mask=inputs["attention_mask"], return_outputs=False, **last)
         total = (
-            torch.stack(losses).mean().detach() if losses else torch.zeros((), device=made["labels"].device)
+            torch.stack(losses).mean().detach() if losses else torch.zeros((), device=inputs["labels"].device)
         )
+        # only the last stage has seen a loss
         dist.broadcast(total, src=self.ranks - 1)
         return total
 
@@ -161,22 +172,27 @@ class Part(nn.Module):
         super().__init__()
         self.model, self.job = model, job
 
-    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Token ids [rows, length] or hidden states → hidden states [rows, length, hidden] or logits [rows, classes]."""
         bert = self.model.base_model
-        x = bert.embeddings(input_ids=x) if bert.embeddings is not None else x
+        hidden = bert.embeddings(input_ids=hidden) if bert.embeddings is not None else hidden
         mask = create_bidirectional_mask(
-            config=self.model.config, inputs_embeds=x, attention_mask=attention_mask
+            config=self.model.config, inputs_embeds=hidden, attention_mask=attention_mask
         )
-        with half(self.job, x.device):
+        with half(self.job, hidden.device):
             for layer in bert.encoder.layer.values():
-                x = layer(x, mask)
-            return self.model.classifier(bert.pooler(x)) if self.model.classifier is not None else x
+                hidden = layer(hidden, mask)
+            return self.model.classifier(bert.pooler(hidden)) if self.model.classifier is not None else hidden
 
 
 STRATEGIES: dict[str, type[Plain]] = {
-    "one": Plain, "ddp": Ddp, "fsdp": Fsdp, "pipeline": Pipeline, "tensor": Tensor, "tensor_data": TensorData,
-}  # fmt: skip
+    "one": Plain,
+    "ddp": Ddp,
+    "fsdp": Fsdp,
+    "pipeline": Pipeline,
+    "tensor": Tensor,
+    "tensor_data": TensorData,
+}
 """Every way, by the name that the parameters use."""
 
 
