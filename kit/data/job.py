@@ -41,7 +41,7 @@ from kit.lake.manifest import Account, Counts, Manifest
 from kit.lake.store import Lake
 from kit.params import WriteYourOwnJob
 
-MAX_TOLD = 100
+MAX_EXAMPLES = 100
 """Failures of one task that are told in full; all are counted."""
 FAILURE = pa.schema(
     [("warc_filename", pa.string()), ("offset", pa.int64()), ("url", pa.string()),
@@ -71,13 +71,13 @@ class Tally:
     created: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
-    told: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
 
     def fail(self, where: tuple[str, int, str], reason: str, message: str = "") -> None:
         """One record failed; it is told of in full while there are few."""
         self.failed[reason] += 1
-        if len(self.told) < MAX_TOLD:
-            self.told.append(dict(zip(FAILURE.names, (*where, reason, message[:500]), strict=True)))
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(dict(zip(FAILURE.names, (*where, reason, message[:500]), strict=True)))
 
 
 @functools.cache
@@ -109,11 +109,11 @@ def run_archives(
 ) -> Tally:
     """Apply a job to archives, `(path, name)` each, one after the other, up to `max_records` records (0 = all)."""
     tally = Tally()
-    for found in _records(files, tally):
+    for record in _records(files, tally):
         tally.read += 1
-        where = found.warc_filename, found.offset, found.url
+        where = record.warc_filename, record.offset, record.url
         try:
-            rows = job.record(found)
+            rows = job.record(record)
             rows = [rows] if isinstance(rows, dict) else list(rows or ())
             if job.count_by:
                 tally.groups.update([tuple(row[c] for c in job.count_by) for row in rows])
@@ -136,20 +136,24 @@ def run_archives(
 def _records(files: Sequence[tuple[str, str]], tally: Tally) -> Iterator[Record]:
     """The records of archives; what cannot be read is counted, and reading goes on behind it."""
     for path, name in files:
-        at = 0
+        offset = 0
         try:
-            for found in archive.records(path, name):
-                at = found.offset
-                if isinstance(found, Record):
-                    yield found
+            for record in archive.records(path, name):
+                offset = record.offset
+                if isinstance(record, Record):
+                    yield record
                     continue
                 tally.lost += 1
                 tally.fail(
-                    (name, at, ""), f"archive: {found.reason}", f"{found.length} bytes, {found.wrapping}"
+                    (name, offset, ""),
+                    f"archive: {record.reason}",
+                    f"{record.length} bytes, {record.wrapping}",
                 )
         except Exception as error:  # the file is not there, or the connection broke for good
             tally.lost += 1
-            tally.fail((name, at, ""), f"archive: {type(error).__name__}", f"not read from here on: {error}")
+            tally.fail(
+                (name, offset, ""), f"archive: {type(error).__name__}", f"not read from here on: {error}"
+            )
 
 
 def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] | None = None) -> Manifest:
@@ -191,8 +195,9 @@ def run_job(p: WriteYourOwnJob, lake: Lake, archives: Sequence[tuple[str, str]] 
                 out.add(r["output"])
         if total:
             out.table("part-00000", _counted(job, total))
-        if told := [x for t in tallies for x in t.told]:
-            out.table("failures", pa.Table.from_pylist(told, schema=FAILURE))
+        examples = [example for tally in tallies for example in tally.examples]
+        if examples:
+            out.table("failures", pa.Table.from_pylist(examples, schema=FAILURE))
         return out.commit(_accounts(tallies, len(total)), {"archives": len(archives), "tasks": len(tasks)})
 
 
@@ -214,9 +219,9 @@ def _accounts(tallies: list[Tally], groups: int) -> Counts:
 
 def _counted(job: OwnJob, groups: Counter[tuple[Any, ...]]) -> pa.Table:
     """Groups as rows, largest first, `n` behind the columns they are counted by; raises `JobError`."""
-    found = sorted(groups.items(), key=lambda x: (-x[1], str(x[0])))
+    counts = sorted(groups.items(), key=lambda item: (-item[1], str(item[0])))
     try:
-        return pa.Table.from_pylist([dict(zip(job.count_by, k, strict=True)) | {"n": n} for k, n in found])
+        return pa.Table.from_pylist([dict(zip(job.count_by, k, strict=True)) | {"n": n} for k, n in counts])
     except (pa.ArrowException, TypeError) as error:
         raise JobError(f"what COUNT_BY counts is no column of one type: {error}") from None
 
@@ -255,7 +260,7 @@ def main(words: Sequence[str] | None = None) -> int:
         option = f"--{name.replace('_', '-')}"
         ask.add_argument(option, dest=name, default=about.default, help=about.description)
     said = vars(ask.parse_args(words))
-    listed, base, out = (_here(said.pop(x)) for x in ("archives", "base", "out"))
+    listed, base, out = (_here(said.pop(word)) for word in ("archives", "base", "out"))
     try:
         with fsspec.open(listed, "rt", encoding="utf-8") as f:
             names = f.read().splitlines()

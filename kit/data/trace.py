@@ -32,8 +32,8 @@ def trace(lake: Lake, wanted: str, runs: list[str]) -> str:
         copy = _find(lake, run, "51_augment_text", ("train",), row_id=wanted)
         if copy and copy["source_row"]:
             changes = printable("; ".join(copy["changes"]))
-            told = f"row       {wanted} of run '{run}': {copy['operation']} of the row below\n          {changes}"
-            return f"{told}\n{trace(lake, copy['source_row'], [run])}"
+            origin = f"row       {wanted} of run '{run}': {copy['operation']} of the row below\n          {changes}"
+            return f"{origin}\n{trace(lake, copy['source_row'], [run])}"
         row = _find(lake, run, "50_build_datasets", ("train", "heldout"), row_id=wanted)
         pair = _find(lake, run, "50_build_datasets", ("preferences",), pair_id=wanted)
         from_file = row or pair
@@ -50,13 +50,13 @@ def trace(lake: Lake, wanted: str, runs: list[str]) -> str:
     raise LakeError(f"no row, pair or document '{wanted}' in {lake.uri} ({', '.join(runs) or 'no run'})")
 
 
-def _file_line(lake: Lake, run: str, wanted: str, made: dict[str, Any]) -> str:
+def _file_line(lake: Lake, run: str, wanted: str, row: dict[str, Any]) -> str:
     """A row or pair that came from a line of a file of instructions or preferences."""
-    file, _, line = made["source"].rpartition(":")
+    file, _, line = row["source"].rpartition(":")
     inputs = {i.uri: i.content_sha256 for i in lake.need(run, "50_build_datasets").inputs}
-    text = _short(made["prompt"] + (made.get("completion") or made.get("chosen")))
+    text = _short(row["prompt"] + (row.get("completion") or row.get("chosen")))
     return (
-        f"{'row' if 'row_id' in made else 'pair'}       {wanted} of run '{run}'\n          {text}\n"
+        f"{'row' if 'row_id' in row else 'pair'}       {wanted} of run '{run}'\n          {text}\n"
         f"file      {printable(file)}, line {line}, content sha256 {inputs[file]}"
     )
 
@@ -81,17 +81,17 @@ def _arrived(lake: Lake, run: str, wanted: str) -> tuple[dict[str, Any], list[st
     files = lake.fs.find(f"{lake.folder(run, '31_refine_on_arrival')}/refined")
     if not (parts := [f for f in files if f.endswith(".parquet")]):
         return None
-    found = ds.dataset(parts, filesystem=lake.fs).filter(ds.field("doc_id") == wanted)
-    rows = {r["__filename"]: r for r in found.to_table([*REFINED.names, "__filename"]).to_pylist()}
+    documents = ds.dataset(parts, filesystem=lake.fs).filter(ds.field("doc_id") == wanted)
+    rows = {r["__filename"]: r for r in documents.to_table([*REFINED.names, "__filename"]).to_pylist()}
     keys = {re.sub(r"/[^/]*$", "", part) for part in rows}
-    told = [
+    manifests = [
         Manifest.model_validate_json(lake.fs.cat_file(f))
         for f in files
         if f.endswith(".json") and f.rpartition("/")[0] in keys
     ]
-    if not told:
+    if not manifests:
         return None
-    last = max(told, key=lambda m: (m.metrics["sequencer"], m.metrics["committed_at"]))
+    last = max(manifests, key=lambda m: (m.metrics["sequencer"], m.metrics["committed_at"]))
     raw = lake.fs.cat_file(f"{lake.root}/{last.metrics['path']}")
     same = hashlib.sha256(raw).hexdigest() == last.metrics["sha256"]
     way = "\n          → ".join([last.metrics["path"], last.inputs[0].uri, last.outputs[0].name])

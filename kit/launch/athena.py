@@ -88,29 +88,29 @@ def requests(p: QueryWithAthena, selection: ExploreIndex) -> dict[str, dict[str,
     from botocore.validate import ParamValidator
 
     shape = get_session().get_service_model("athena").operation_model("StartQueryExecution").input_shape
-    made = {}
+    queries = {}
     for s in statements(p, selection):
         database = {} if s.name == "create_database" else {"Database": p.athena_database}
-        made[s.name] = {
+        queries[s.name] = {
             "QueryString": s.sql,
             "QueryExecutionContext": {"Catalog": "AwsDataCatalog"} | database,
             "ResultConfiguration": {"OutputLocation": p.athena_output},
         }
-        report = ParamValidator().validate(made[s.name], shape)
+        report = ParamValidator().validate(queries[s.name], shape)
         if report.has_errors():
             raise AthenaError(f"{s.name}: {report.generate_report()}")
-    return made
+    return queries
 
 
 def query_with_athena(p: QueryWithAthena, lake: Lake) -> Manifest:
     """The dry run: `statements.sql` and `requests.json`, exactly what `submit` would send; nothing is sent."""
     with lake.stage(p) as out:
         selection = selection_of(p, out.read("10_explore_index"))
-        made = requests(p, selection)
+        queries = requests(p, selection)
         script = "".join(f"-- {s.name}\n{s.sql};\n\n" for s in statements(p, selection))
-        out.bytes("statements.sql", script.encode(), rows=len(made))
-        out.bytes("requests.json", json.dumps(made, indent=1).encode(), rows=len(made))
-        return out.commit(Counts(records_in=len(made), records_out=len(made)))
+        out.bytes("statements.sql", script.encode(), rows=len(queries))
+        out.bytes("requests.json", json.dumps(queries, indent=1).encode(), rows=len(queries))
+        return out.commit(Counts(records_in=len(queries), records_out=len(queries)))
 
 
 def selection_of(p: QueryWithAthena, explored: Manifest) -> ExploreIndex:
@@ -129,14 +129,14 @@ def submit(p: QueryWithAthena, selection: ExploreIndex, names: list[str]) -> lis
     import boto3
 
     client = boto3.client("athena", region_name=REGION)
-    made, rows = requests(p, selection), []
+    queries, rows = requests(p, selection), []
     free = {s.name for s in statements(p, selection) if s.free}
     for name in names:
-        key = client.start_query_execution(**made[name])["QueryExecutionId"]
-        told = _follow(client, key, name).get("Statistics", {})
-        scanned = told.get("DataScannedInBytes", 0)
+        key = client.start_query_execution(**queries[name])["QueryExecutionId"]
+        statistics = _follow(client, key, name).get("Statistics", {})
+        scanned = statistics.get("DataScannedInBytes", 0)
         usd = 0.0 if name in free else athena_usd(scanned, p.athena_usd_per_tb)
-        seconds = told.get("TotalExecutionTimeInMillis", 0) / 1000
+        seconds = statistics.get("TotalExecutionTimeInMillis", 0) / 1000
         rows.append({"statement": name, "id": key, "scanned_bytes": scanned, "s": seconds, "usd": usd})
         print(f"{name}: {scanned:,} bytes scanned, ${usd:.6f}, {p.athena_output.rstrip('/')}/{key}.csv")
     return rows
@@ -150,12 +150,12 @@ def _follow(client: Any, key: str, name: str) -> dict[str, Any]:
             if time.monotonic() > until:
                 raise AthenaError(f"{name} was stopped: it took longer than {TIMEOUT_S} s")
             time.sleep(PAUSE_S)
-            told = client.get_query_execution(QueryExecutionId=key)["QueryExecution"]
-            state = told["Status"]["State"]
+            execution = client.get_query_execution(QueryExecutionId=key)["QueryExecution"]
+            state = execution["Status"]["State"]
     finally:
         if state not in ENDED:
             client.stop_query_execution(QueryExecutionId=key)
     if state != "SUCCEEDED":
-        reason = told["Status"].get("StateChangeReason", "no reason given")
+        reason = execution["Status"].get("StateChangeReason", "no reason given")
         raise AthenaError(f"{name} {state.lower()}: {reason}")
-    return told
+    return execution

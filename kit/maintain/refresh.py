@@ -69,7 +69,7 @@ def _committed(output: Any) -> Any:
 
 def reference_run(small: str = "tiny", large: str = "demo") -> None:
     """Record `rates` from the executions of two runs in the default lake."""
-    found = []
+    runs = []
     lake = Lake("lake")
     for run in (small, large):
         pages = lake.need(run, "10_explore_index").counts.records_out
@@ -77,9 +77,9 @@ def reference_run(small: str = "tiny", large: str = "demo") -> None:
             (cls(**lake.need(run, n).params), pages, lake.execution(run, n).model_dump())
             for n, cls in STAGES.items()
         ]
-        found.append(stages)
+        runs.append(stages)
     last = lake.need(large, "90_compare_generations")
-    reference.write_reference("rates", last, machine_in_words(), {"stages": two_point_rates(*found)})
+    reference.write_reference("rates", last, machine_in_words(), {"stages": two_point_rates(*runs)})
 
 
 def reference_methods(run: str = "sample", name: str = "methods") -> None:

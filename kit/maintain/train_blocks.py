@@ -115,14 +115,14 @@ def _unrepeat(label: np.ndarray, keys: list[str], sizes: np.ndarray, gold: list[
     copies: dict[str, list[int]] = {}
     for i in np.flatnonzero(label > 0.5):
         copies.setdefault(keys[i], []).append(int(i))
-    for key, at in copies.items():
-        wanted = max(1, joined.count(f" {key} ")) if len(at) > 1 else 1
-        if len(at) > wanted:
+    for key, places in copies.items():
+        wanted = max(1, joined.count(f" {key} ")) if len(places) > 1 else 1
+        if len(places) > wanted:
             near = {}
-            for i in at:
+            for i in places:
                 around = np.r_[max(0, i - 4) : i, i + 1 : min(len(keys), i + 5)]
                 near[i] = np.maximum(label[around], 0) @ sizes[around] / (1 + sizes[around].sum())
-            label[sorted(at, key=near.__getitem__, reverse=True)[wanted:]] = 0
+            label[sorted(places, key=near.__getitem__, reverse=True)[wanted:]] = 0
 
 
 def _grams(tokens: list[str]) -> Iterator[tuple[str, ...]]:
@@ -139,9 +139,9 @@ def _by_snippets(texts: list[str], gold: dict[str, Any]) -> tuple[np.ndarray, np
         if good != bad:
             label[i] = good
     for snippet in wanted:
-        found = [i for i, text in enumerate(joined) if snippet in text]
-        if len(found) > 1:
-            label[found] = -1
+        matches = [i for i, text in enumerate(joined) if snippet in text]
+        if len(matches) > 1:
+            label[matches] = -1
     return label, np.where(label >= 0, 1.0, 0.0)
 
 
@@ -172,13 +172,17 @@ def _page(group: str, gold: dict[str, Any], payload: bytes) -> GoldPage:
 
 def fit_blocks(pages: list[GoldPage], trees: int = TREES) -> lightgbm.Booster:
     """A model trained on the blocks of `pages` whose label is known; each archive weighs the same."""
-    x, y, w = (np.concatenate([getattr(p, name) for p in pages]) for name in ("features", "label", "weight"))
+    matrix, y, w = (
+        np.concatenate([getattr(p, name) for p in pages]) for name in ("features", "label", "weight")
+    )
     groups, of_page = np.unique([p.group for p in pages], return_inverse=True)
     group = np.repeat(of_page, [len(p.label) for p in pages])
     sums = np.bincount(group, w, len(groups))
     w = w * (sums.mean() / np.maximum(sums, 1))[group]
     use = w > 0
-    data = lightgbm.Dataset(x[use], np.clip(y[use], 0, 1), weight=w[use], feature_name=list(blocks.NAMES))
+    data = lightgbm.Dataset(
+        matrix[use], np.clip(y[use], 0, 1), weight=w[use], feature_name=list(blocks.NAMES)
+    )
     return lightgbm.train(PARAMETERS, data, trees)
 
 

@@ -69,9 +69,12 @@ def thesaurus() -> dict[str, list[str]]:
             synset = kind[0].replace("5", "3") + offset  # 5, a satellite adjective, is filed under 3
             members[synset].append((-int(met), lemma.replace("_", " ")))
             senses[lemma] = min(senses.get(lemma, (1,)), (-int(met), kind[0], int(number), synset))
-    good = {s: [m for _, m in sorted(x) if m not in stop and GOOD.fullmatch(m)] for s, x in members.items()}
-    found = {w: [m for m in good[s[-1]] if m != w] for w, s in senses.items() if w not in stop}
-    return {word: others for word, others in found.items() if others}
+    good = {
+        s: [m for _, m in sorted(ranked) if m not in stop and GOOD.fullmatch(m)]
+        for s, ranked in members.items()
+    }
+    synonyms = {w: [m for m in good[s[-1]] if m != w] for w, s in senses.items() if w not in stop}
+    return {word: others for word, others in synonyms.items() if others}
 
 
 def words_to_change(text: str, subject: str = "") -> Words:
@@ -85,28 +88,28 @@ def words_to_change(text: str, subject: str = "") -> Words:
 
 def _synonyms(text: str, words: Words) -> dict[int, list[str]]:
     """Synonyms by number of the word, fitting an `a` or `an` before it; what is capitalised may be a name."""
-    found = {}
+    choices = {}
     for i, m in enumerate(words):
         article = re.search(r"\b[Aa]n? $", text[max(0, m.start() - 4) : m.start()])
         fits = [
             w for w in thesaurus().get(m[0], ()) if not article or (w[0] in "aeiou") == (m[0][0] in "aeiou")
         ]
-        found |= {i: fits} if fits else {}
-    return found
+        choices |= {i: fits} if fits else {}
+    return choices
 
 
 def synonym_replacement(text: str, words: Words, n: int, rng: random.Random) -> Edits:
     """`n` words, or as many as have one, become a synonym of theirs."""
-    found = _synonyms(text, words)
-    edits = {i: rng.choice(found[i]) for i in sorted(rng.sample(sorted(found), min(n, len(found))))}
+    synonyms = _synonyms(text, words)
+    edits = {i: rng.choice(synonyms[i]) for i in sorted(rng.sample(sorted(synonyms), min(n, len(synonyms))))}
     return edits, [f"{words[i][0]} → {new}" for i, new in edits.items()]
 
 
 def synonym_insertion(text: str, words: Words, n: int, rng: random.Random) -> Edits:
     """`n` times, a synonym of some word comes behind some word."""
-    found, edits, changes = _synonyms(text, words), {}, []
-    for i in rng.choices(sorted(found), k=n) if found else ():
-        new, place = rng.choice(found[i]), rng.randrange(len(words))
+    synonyms, edits, changes = _synonyms(text, words), {}, []
+    for i in rng.choices(sorted(synonyms), k=n) if synonyms else ():
+        new, place = rng.choice(synonyms[i]), rng.randrange(len(words))
         edits[place] = f"{edits.get(place, words[place][0])} {new}"
         changes.append(f"+ {new}, of {words[i][0]}")
     return edits, changes
@@ -144,11 +147,11 @@ def augment(
         return None, [], f"fewer than {FEWEST_WORDS} words to change"
     rng = random.Random(f"{key} {operation} {seed}")  # of a text, Python takes the SHA-512
     edits, changes = OPERATIONS[operation](text, words, max(1, int(share * len(words))), rng)
-    pieces, at = [], 0
+    pieces, position = [], 0
     for i, new in sorted(edits.items()):
-        before, at = text[at : words[i].start()], words[i].end()
+        before, position = text[position : words[i].start()], words[i].end()
         pieces += [before if new else before.removesuffix(" "), new]
-    return ("".join(pieces) + text[at:], changes, None) if edits else (None, [], "nothing to change")
+    return ("".join(pieces) + text[position:], changes, None) if edits else (None, [], "nothing to change")
 
 
 def eda_udf(operation: str, share: float = 0.1, seed: int = 0) -> Callable[..., Column]:
@@ -167,9 +170,9 @@ synonym_replacement_udf, synonym_insertion_udf, word_swap_udf, word_deletion_udf
 
 def augment_rows(rows: list[dict[str, Any]], p: AugmentText) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Each row followed by its copies, and how many copies were not made, by operation and reason."""
-    made, lost = [], Counter()
+    copies, lost = [], Counter()
     for row in rows:
-        made.append(row | {"source_row": None, "operation": None, "changes": []})
+        copies.append(row | {"source_row": None, "operation": None, "changes": []})
         seen, about = {row["completion"]}, (row["item"] or "", row["language"], p.changed_share, p.seed)
         for operation, copy in product(p.operations, range(p.copies)):
             key = f"{row['row_id']} {copy}" if copy else row["row_id"]
@@ -179,19 +182,19 @@ def augment_rows(rows: list[dict[str, Any]], p: AugmentText) -> tuple[list[dict[
                 continue
             seen.add(text)
             own = hashlib.blake2b(f"{key} {operation} {p.seed}".encode(), digest_size=10).hexdigest()
-            told = {"source_row": row["row_id"], "operation": operation, "changes": changes}
-            made.append(row | {"row_id": own, "completion": text} | told)
-    return made, lost
+            origin = {"source_row": row["row_id"], "operation": operation, "changes": changes}
+            copies.append(row | {"row_id": own, "completion": text} | origin)
+    return copies, lost
 
 
 def train_shares(lake: Lake, source: Manifest, part_mb: float) -> list[tuple[str, int, int]]:
     """Training rows of stage 50 in shares of about `part_mb`: `(path, first row, number of rows)`."""
-    found = []
+    shares = []
     for path in (path for path in lake.paths(source, "train") if path.endswith(".parquet")):
         rows = pq.read_metadata(path, filesystem=lake.fs).num_rows
         each = plan_parts([lake.fs.size(path) / max(rows, 1)] * rows, part_mb * 1e6)
-        found += [(path, r.start, len(r)) for r in each]
-    return found
+        shares += [(path, r.start, len(r)) for r in each]
+    return shares
 
 
 def augment_text(p: AugmentText, lake: Lake) -> Manifest:
@@ -209,8 +212,8 @@ def augment_text(p: AugmentText, lake: Lake) -> Manifest:
         def work(task: tuple[int, tuple[str, int, int]]) -> dict[str, Any]:
             number, (path, *rows) = task
             given = lake.read_part(path).slice(*rows)
-            made, lost = augment_rows(given.to_pylist(), p)
-            table = pa.Table.from_pylist(made, schema=pa.schema([*given.schema, *ADDED]))
+            copies, lost = augment_rows(given.to_pylist(), p)
+            table = pa.Table.from_pylist(copies, schema=pa.schema([*given.schema, *ADDED]))
             created = given.num_rows * len(p.operations) * p.copies
             account = Account(given.num_rows, created, table.num_rows, lost)
             output = writer.table(f"train-{number:05d}", table)

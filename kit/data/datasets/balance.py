@@ -80,8 +80,8 @@ def end_token(tokenizer: Tokenizer, folder: Path) -> int:
         "</s>",
         "[SEP]",
     )
-    if found := [i for i in map(tokenizer.token_to_id, filter(None, names)) if i is not None]:
-        return found[0]
+    if ids := [i for i in map(tokenizer.token_to_id, filter(None, names)) if i is not None]:
+        return ids[0]
     raise ParamError("parameter 'tokenizer': it has no end token, texts would run into each other")
 
 
@@ -89,22 +89,22 @@ def cut_is_safe(tokenizer: Tokenizer) -> bool:
     """Whether a cut at `CUT` leaves the tokens as they are: with GPT-2's splitting, not with SentencePiece's."""
     halves = [(PROBE[: m.start()], PROBE[m.start() :]) for m in CUT.finditer(PROBE)]
     whole = token_ids(tokenizer, [PROBE])[0]
-    return all(a + b == whole for a, b in (token_ids(tokenizer, x) for x in halves))
+    return all(a + b == whole for a, b in (token_ids(tokenizer, half) for half in halves))
 
 
 def cut_text(text: str, limit: int) -> list[str]:
     """A text in pieces of at most `limit` characters where it has bounds: a paragraph's, line's or sentence's first."""
-    pieces, at = [], 0
-    while len(text) - at > limit:
-        found = [m.start() for m in CUT.finditer(text, at + limit // 2 + 1, at + limit)]
-        if not (found := found or [m.start() for m in islice(CUT.finditer(text, at + limit), 1)]):
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        bounds = [m.start() for m in CUT.finditer(text, start + limit // 2 + 1, start + limit)]
+        if not (bounds := bounds or [m.start() for m in islice(CUT.finditer(text, start + limit), 1)]):
             break
         best = max(
-            found, key=lambda i: (text[i - 1 : i + 1] == "\n\n", text[i] == "\n", text[i - 1] in ".!?", i)
+            bounds, key=lambda i: (text[i - 1 : i + 1] == "\n\n", text[i] == "\n", text[i - 1] in ".!?", i)
         )
-        pieces.append(text[at:best])
-        at = best
-    return [*pieces, text[at:]]
+        pieces.append(text[start:best])
+        start = best
+    return [*pieces, text[start:]]
 
 
 def slices(text: str) -> list[str]:
@@ -118,15 +118,15 @@ def slices(text: str) -> list[str]:
 def probe(tokenizer: Tokenizer, pieces: list[str]) -> Probe:
     """Of a text in pieces: their bytes, and the tokens and bytes of its slices."""
     taken = slices("".join(pieces))
-    sizes = [[len(x.encode("utf-8", "replace")) for x in xs] for xs in (pieces, taken)]
+    sizes = [[len(text.encode("utf-8", "replace")) for text in xs] for xs in (pieces, taken)]
     return sizes[0], sum(map(len, token_ids(tokenizer, taken))), sum(sizes[1])
 
 
 def expected_tokens(probes: Sequence[Probe]) -> np.ndarray:
     """Expected tokens of every piece of texts that were probed."""
-    tokens, of_bytes = np.array([x[1:] for x in probes], float).T
+    tokens, of_bytes = np.array([probed[1:] for probed in probes], float).T
     ratio = (tokens + PRIOR * tokens.sum() / of_bytes.sum()) / (of_bytes + PRIOR)
-    return np.concatenate([np.array(x[0]) * r for x, r in zip(probes, ratio, strict=True)])
+    return np.concatenate([np.array(probed[0]) * r for probed, r in zip(probes, ratio, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -79,12 +79,12 @@ class Splits:
     trained: set[str]
 
     @classmethod
-    def plan(cls, made: Iterable[Made], p: BuildDatasets) -> Splits:
+    def plan(cls, candidates: Iterable[Made], p: BuildDatasets) -> Splits:
         """Raises `LakeError` when there is no row, or only one group of rows."""
         groups, texts, lost = Groups(), [], Counter[str]()
-        for found in made:
-            lost[found.dropped or found.failed] += not found.rows
-            for row in found.rows:
+        for candidate in candidates:
+            lost[candidate.dropped or candidate.failed] += not candidate.rows
+            for row in candidate.rows:
                 groups.join(row["keys"])
                 texts.append((text_key(row), row["keys"][0]))
         if not texts:
@@ -100,12 +100,12 @@ def text_key(row: Row) -> str:
     return row_id(fold(row["question"] * (row["kind"] == "instruction")), fold(row["completion"]))
 
 
-def split_rows(made: Iterable[Made], splits: Splits, account: Account) -> Iterator[Row]:
+def split_rows(candidates: Iterable[Made], splits: Splits, account: Account) -> Iterator[Row]:
     """The rows with `group` and `split`, each text once, noted in `account`: records in + rows created = out + lost."""
     seen: set[str] = set()
-    for found in made:
-        formats.note(account, found)
-        for row in found.rows:
+    for candidate in candidates:
+        formats.note(account, candidate)
+        for row in candidate.rows:
             row["group"] = splits.groups.find(row["keys"][0])
             row["split"] = "heldout" if row["group"] in splits.heldout else "train"
             key = row_id(row["prompt"], row["completion"])
@@ -138,12 +138,14 @@ class Facts:
 
     def add(self, row: Row) -> None:
         """Count a row."""
-        told = {name: row[name] for name in ("split", "kind", "language", "licence")}
-        told["site or file"] = row["host"] or (row.get("source") or "").rpartition(":")[0].rpartition("/")[2]
-        told["rating"] = None if row.get("rating") is None else f"{row['rating']:.3g}"
-        told["label"] = {None: "none", 0: "0 (negative)", 1: "1 (positive)"}[row["label"]]
-        told["words"] = len(row["completion"].split())
-        for name, value in told.items():
+        labels = {name: row[name] for name in ("split", "kind", "language", "licence")}
+        labels["site or file"] = (
+            row["host"] or (row.get("source") or "").rpartition(":")[0].rpartition("/")[2]
+        )
+        labels["rating"] = None if row.get("rating") is None else f"{row['rating']:.3g}"
+        labels["label"] = {None: "none", 0: "0 (negative)", 1: "1 (positive)"}[row["label"]]
+        labels["words"] = len(row["completion"].split())
+        for name, value in labels.items():
             self.by[name][value] += 1
 
     def table(self, name: str, top: int = 20) -> str:
@@ -183,7 +185,7 @@ def plain(value: Any) -> str:
 
 def grid(names: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table."""
-    lines = [names, ["---"] * len(names), *([plain(x) for x in row] for row in rows)]
+    lines = [names, ["---"] * len(names), *([plain(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -227,11 +229,11 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
             [(name, out.read_outside(name)) for name in names]
             for names in (p.instruction_files, p.preference_files)
         )
-        made = candidate_rows(lake, refined, clusters, files, p)
-        splits, account = Splits.plan(made(), p), Account()
+        candidates = candidate_rows(lake, refined, clusters, files, p)
+        splits, account = Splits.plan(candidates(), p), Account()
         shards, facts = Shards(out, p.shard_mb), Facts()
         voted, text, sides = [], bytearray(), {}
-        for row in split_rows(made(), splits, account):
+        for row in split_rows(candidates(), splits, account):
             facts.add(row)
             shards.add_row(row, p.formats)
             if row["split"] == "train":
@@ -242,7 +244,7 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
                 voted.append(row)
         del text[-2:]
         out.bytes("train.txt", text, rows=shards.rows["train.parquet"])
-        pairs, report, told = build_pairs(voted, pair_files, sides, p)
+        pairs, report, pair_counts = build_pairs(voted, pair_files, sides, p)
         for pair in pairs:
             pair = {k: pair.get(k) for k in PAIR.names}
             shards.add("preferences.parquet", pair)
@@ -253,10 +255,11 @@ def build_datasets(p: BuildDatasets, lake: Lake) -> Manifest:
         out.bytes(
             "card.md", facts.card(p, report, out.inputs, refined.metrics.get("pii_masked", {})).encode()
         )
-        written = {x: sum(shards.rows[f"{x}-{s}.jsonl"] for s in SPLITS) for x in p.formats}
+        written = {form: sum(shards.rows[f"{form}-{s}.jsonl"] for s in SPLITS) for form in p.formats}
         metrics = {s: shards.rows[f"{s}.parquet"] for s in SPLITS} | {"pairs": len(pairs), "formats": written}
         return out.commit(
-            account.counts(by_name=False), metrics | {"pair_counts": told.model_dump(), "pair_report": report}
+            account.counts(by_name=False),
+            metrics | {"pair_counts": pair_counts.model_dump(), "pair_report": report},
         )
 
 

@@ -48,12 +48,12 @@ class Made(NamedTuple):
     failed: str = ""
 
 
-def note(account: Account, made: Made) -> None:
+def note(account: Account, candidate: Made) -> None:
     """Count one record and what became of it: of several rows the others are created."""
     account.records_in += 1
-    account.created += max(len(made.rows) - 1, 0)
-    account.dropped.update(filter(None, [made.dropped]))
-    account.failed.update(filter(None, [made.failed]))
+    account.created += max(len(candidate.rows) - 1, 0)
+    account.dropped.update(filter(None, [candidate.dropped]))
+    account.failed.update(filter(None, [candidate.failed]))
 
 
 def row_id(*parts: object) -> str:
@@ -128,9 +128,9 @@ def sentiment_label(rating: float | None, rating_max: float | None = None) -> in
 
 
 def _row(doc: Row, number: int, kind: str, completion: str, keys: list[str]) -> Row:
-    made = {"row_id": row_id(doc["doc_id"], kind, number), "doc_id": doc["doc_id"], "kind": kind}
-    made |= {"prompt": "", "completion": completion, "language": doc["lang"], "host": doc["host"]}
-    return made | {"keys": keys, "question": "", "licence": "unknown", "label": None}
+    row = {"row_id": row_id(doc["doc_id"], kind, number), "doc_id": doc["doc_id"], "kind": kind}
+    row |= {"prompt": "", "completion": completion, "language": doc["lang"], "host": doc["host"]}
+    return row | {"keys": keys, "question": "", "licence": "unknown", "label": None}
 
 
 def json_lines(uri: str) -> Iterator[tuple[int, Row | str]]:
@@ -145,12 +145,12 @@ def json_lines(uri: str) -> Iterator[tuple[int, Row | str]]:
             if not raw.strip():
                 continue
             try:
-                found = json.loads(raw) if whole else None
+                value = json.loads(raw) if whole else None
             except (ValueError, RecursionError):
                 yield number, "not JSON"
             else:
                 wrong = "not an object" if whole else "line over 16 MB"
-                yield number, found if isinstance(found, dict) else wrong
+                yield number, value if isinstance(value, dict) else wrong
 
 
 def line_language(line: Row, text: str) -> str | None:
@@ -158,18 +158,18 @@ def line_language(line: Row, text: str) -> str | None:
     named = line.get("lang") or line.get("language")
     if isinstance(named, str):
         return named[:2].casefold()
-    found, score = detect_language(text)
-    return found if score >= SURE else None
+    language, score = detect_language(text)
+    return language if score >= SURE else None
 
 
 def instruction_row(line: Row | str, source: str, p: BuildDatasets) -> Made:
     """The row of one line of an instruction file; `source` (`FILE:LINE`) is where it came from."""
     keys = next((k for k in STYLES.values() if k[1] in line), None) if isinstance(line, dict) else None
     texts = [line.get("instruction"), *(line.get(k) or "" for k in keys)] if keys else [None]
-    if not all(isinstance(x, str) for x in texts):
+    if not all(isinstance(text, str) for text in texts):
         wrong = line if isinstance(line, str) else "no texts 'instruction' and 'response' or 'output'"
         return Made([], failed=f"instruction file: {wrong}")
-    asked, context, answer = (clean(x).strip() for x in texts)
+    asked, context, answer = (clean(text).strip() for text in texts)
     context, answer = "" if NO_INPUT.fullmatch(context) else context, END_MARKER.sub("", answer)
     if not asked or not answer:
         return Made([], "empty instruction or answer")

@@ -29,9 +29,9 @@ def best_fit(lengths: Sequence[int], size: int) -> list[Slices]:
     ]
     rows: list[Slices] = []
     free: list[tuple[int, int]] = []  # (room left, row), sorted
-    for n, text, start in sorted(pieces, key=lambda x: (-x[0], *x[1:])):
-        at = bisect_left(free, (n, -1))
-        room, row = free.pop(at) if at < len(free) else (size, len(rows))
+    for n, text, start in sorted(pieces, key=lambda piece: (-piece[0], *piece[1:])):
+        position = bisect_left(free, (n, -1))
+        room, row = free.pop(position) if position < len(free) else (size, len(rows))
         rows[row:] = rows[row:] or [[]]
         rows[row].append((text, start, n))
         if room > n:
@@ -58,16 +58,16 @@ def write_rows(
                 yield row // per_part, (row, text, max(start, begin), ids)
 
     def write(part: tuple[int, Iterable[tuple[int, int, int, np.ndarray]]]) -> dict[str, Any]:
-        found: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, text, _, ids in sorted(part[1], key=lambda x: x[:3]):
-            found[row, text] += ids.tolist()
-        made = []
-        for row in sorted({row for row, _ in found}):
-            ids = [x for text, *_ in rows[row] for x in found[row, text]]
+        pieces_of: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for row, text, _, ids in sorted(part[1], key=lambda item: item[:3]):
+            pieces_of[row, text] += ids.tolist()
+        packed = []
+        for row in sorted({row for row, _ in pieces_of}):
+            ids = [item for text, *_ in rows[row] for item in pieces_of[row, text]]
             names = [keys[text] for text, *_ in rows[row]]
-            made.append(dict(zip(ROW.names, (ids + [fill] * (size - len(ids)), [n for *_, n in rows[row]], names, [s for _, s, _ in rows[row]]))))  # fmt: skip
-        table = pa.Table.from_pylist(made, schema=ROW)
+            packed.append(dict(zip(ROW.names, (ids + [fill] * (size - len(ids)), [n for *_, n in rows[row]], names, [s for _, s, _ in rows[row]]))))  # fmt: skip
+        table = pa.Table.from_pylist(packed, schema=ROW)
         output = writer.table(f"part-{part[0]:05d}", table)
-        return {"output": output, "tokens": sum(map(len, found.values()))}
+        return {"output": output, "tokens": sum(map(len, pieces_of.values()))}
 
     return tokens.flatMap(deal).groupByKey(-(-len(rows) // per_part)).map(write).collect()

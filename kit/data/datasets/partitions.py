@@ -45,16 +45,16 @@ def assign(method: str, keys: Sequence[str], loads: Sequence[float], k: int) -> 
         return longest_first(loads, k)
     groups = merge_lightest(loads, k, sum(loads) / k / GROUPS if method == "huffman" else float("inf"))
     parts = longest_first([load for load, _ in groups], k)
-    found = {i: part for (_, members), part in zip(groups, parts, strict=True) for i in members}
-    return [found[i] for i in range(len(loads))]
+    part_of = {i: part for (_, members), part in zip(groups, parts, strict=True) for i in members}
+    return [part_of[i] for i in range(len(loads))]
 
 
 def loads_by_method(loads: pa.Table, k: int) -> dict[str, np.ndarray]:
     """Real tokens of each of `k` partitions by method, from the stage's `loads`."""
     keys, owner = np.unique(loads["row_id"].to_numpy(zero_copy_only=False), return_inverse=True)
-    found = {}
+    loads_of = {}
     for method in ("hash", "round_robin", "merged", "longest_first", "huffman"):
         each = [loads[c].to_numpy() for c in ("estimated", "tokens")]
-        estimated, tokens = each if method in CUTTING else [np.bincount(owner, x) for x in each]
-        found[method] = np.bincount(assign(method, list(keys), estimated.tolist(), k), tokens, k)
-    return found
+        estimated, tokens = each if method in CUTTING else [np.bincount(owner, sizes) for sizes in each]
+        loads_of[method] = np.bincount(assign(method, list(keys), estimated.tolist(), k), tokens, k)
+    return loads_of

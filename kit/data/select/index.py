@@ -95,11 +95,11 @@ class Index:
         with progress(len(paths), "indexing", "archives") as bar:
             for path in paths:
                 scan = row_files.scan_rows if archive.ROWS.search(path) else archive.scan_archive
-                for found in scan(path, path.removeprefix(self.base).lstrip("/")):
-                    if isinstance(found, archive.Damage):
-                        self.damage.append(found)
+                for record in scan(path, path.removeprefix(self.base).lstrip("/")):
+                    if isinstance(record, archive.Damage):
+                        self.damage.append(record)
                     else:
-                        entries.append(_row(found))
+                        entries.append(_row(record))
                     if len(entries) == SCANNED:
                         tables.append(pa.Table.from_pylist(entries, schema=ENTRY))
                         entries = []
@@ -137,13 +137,13 @@ class Index:
         files.narrow, files.error = narrow, None
         started, read, requests = time.perf_counter(), files.bytes, files.requests
         try:
-            found = self.con.execute(query).to_arrow_table()
+            selected = self.con.execute(query).to_arrow_table()
         except duckdb.Error as error:
             raise files.error or error from None
         scan.read_bytes, scan.requests = files.bytes - read, files.requests - requests
         scan.seconds = time.perf_counter() - started
         self.scans.append(scan)
-        return found
+        return selected
 
     def sql(self, query: str, title: str = "") -> list[dict[str, Any]]:
         """The same as rows."""
@@ -167,12 +167,12 @@ class Index:
         With `domains`, rows of other domains are not read: what the footers count beyond those that fit is `domain`.
         """
         rows = self.sql(questions.reasons_query(self.p), "reasons")
-        found = Counter({r["reason"] or "kept": r["records"] for r in rows})
-        found["domain"] = self.rows - found.total()
+        counts = Counter({r["reason"] or "kept": r["records"] for r in rows})
+        counts["domain"] = self.rows - counts.total()
         if self.p.max_pages:
-            found["over max_pages"] = max(0, found["kept"] - self.p.max_pages)
-            found["kept"] -= found["over max_pages"]
-        return +found
+            counts["over max_pages"] = max(0, counts["kept"] - self.p.max_pages)
+            counts["kept"] -= counts["over max_pages"]
+        return +counts
 
     def select(self) -> pa.Table:
         """The selected records, `doc_id` and `questions.SELECTED`, in the order in which archives are read."""

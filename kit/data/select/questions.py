@@ -73,12 +73,12 @@ def site_filter(site: str) -> str:
     labels = host.split(".")
     # which part of a host is its registered domain only the public suffix list knows: all of them are asked for
     above = [".".join(labels[i:]) for i in range(max(1, len(labels) - 1))]
-    found = f"url_host_tld = {text(labels[-1])} AND {_among('url_host_registered_domain', above)}"
-    found += f" AND (url_host_registered_domain = {text(host)} OR url_host_name = {text(host)})"
+    condition = f"url_host_tld = {text(labels[-1])} AND {_among('url_host_registered_domain', above)}"
+    condition += f" AND (url_host_registered_domain = {text(host)} OR url_host_name = {text(host)})"
     if rest.partition("/")[2].strip("/") or "?" in rest:
         urls = [text(f"{s}://{rest}") for s in ([scheme.lower()] if scheme else ["https", "http"])]
-        found += f" AND ({' OR '.join(f'starts_with(url, {u})' for u in urls)})"
-    return found
+        condition += f" AND ({' OR '.join(f'starts_with(url, {u})' for u in urls)})"
+    return condition
 
 
 def find_query(crawl: str, site: str, limit: int = 0) -> str:
@@ -115,7 +115,7 @@ def _reason(p: ExploreIndex) -> str:
     """SQL for why a row is left out, the first reason that fits; NULL if it is selected."""
     status = "CAST(fetch_status AS varchar)"
     wrong = _not(_among(status, p.statuses))
-    spoken = [f"contains(split(content_languages, ','), {text(x)})" for x in p.languages]
+    spoken = [f"contains(split(content_languages, ','), {text(language)})" for language in p.languages]
     cases = (
         (p.archive_paths, _not(_among("record_type", PAGE_RECORDS)), "'record type ' || record_type"),
         (p.statuses, f"{wrong} AND fetch_status BETWEEN 300 AND 399", "'redirect'"),
@@ -141,7 +141,7 @@ GROUP BY 1 ORDER BY 1"""
 
 def select_query(p: ExploreIndex) -> str:
     """The selected rows, in the order in which archives are read."""
-    told = {} if p.archive_paths else NOT_IN_TABLE
-    return f"""SELECT {", ".join(f"{told[c]} AS {c}" if c in told else c for c in SELECTED)}
+    columns = {} if p.archive_paths else NOT_IN_TABLE
+    return f"""SELECT {", ".join(f"{columns[c]} AS {c}" if c in columns else c for c in SELECTED)}
 FROM ccindex WHERE {_population(p)} AND {_reason(p)} IS NULL
 ORDER BY warc_filename, warc_record_offset{f" LIMIT {p.max_pages}" if p.max_pages else ""}"""

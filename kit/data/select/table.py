@@ -162,10 +162,10 @@ class _Handle(AbstractBufferedFile):
 
 
 def _may_hold(chunk: pq.ColumnChunkMetaData, values: Collection[str]) -> bool:
-    told = chunk.statistics
-    if told is None or not told.has_min_max or not isinstance(told.min, str):
+    statistics = chunk.statistics
+    if statistics is None or not statistics.has_min_max or not isinstance(statistics.min, str):
         return True
-    return any(told.min <= value <= told.max for value in values)
+    return any(statistics.min <= value <= statistics.max for value in values)
 
 
 def columns_and_values(explained: str) -> tuple[set[str], dict[str, list[str]]]:
@@ -179,9 +179,9 @@ def columns_and_values(explained: str) -> tuple[set[str], dict[str, list[str]]]:
     while nodes:
         node = nodes.pop()
         nodes += node["children"]
-        told = node["extra_info"] if "PARQUET" in node["name"] else {}
-        filters = [f for key in ("Filters", "File Filters") for f in _strings(told.get(key))]
-        columns |= set(_strings(told.get("Projections")))
+        details = node["extra_info"] if "PARQUET" in node["name"] else {}
+        filters = [f for key in ("Filters", "File Filters") for f in _strings(details.get(key))]
+        columns |= set(_strings(details.get("Projections")))
         for text in filters:
             bare = re.sub(TEXT, "", text)
             columns |= set(re.findall(r"\w+", bare))
@@ -231,7 +231,11 @@ def _listed(entry: str, table: str) -> list[str]:
         raise ParamError(f"there is no list of index files '{entry}'") from None
     root = _root(entry if "://" in entry else table)
     inside = table.removeprefix(root).strip("/") + "/"
-    return [x if "://" in x else f"{root}/{x}" for x in lines if x.endswith(".parquet") and inside in x]
+    return [
+        line if "://" in line else f"{root}/{line}"
+        for line in lines
+        if line.endswith(".parquet") and inside in line
+    ]
 
 
 def _root(uri: str) -> str:

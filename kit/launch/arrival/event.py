@@ -28,22 +28,24 @@ def landed(event: Mapping[str, Any]) -> list[Landed]:
         if event.get("Type") == "Notification":  # SNS → SQS
             return landed(json.loads(event["Message"]))
         if "detail" in event:  # EventBridge, which unlike S3 itself does not encode keys
-            made = event["detail-type"] == "Object Created"
-            return [_object(event["detail"], event["time"], str)] if made else []
-        found = []
+            is_event_bridge = event["detail-type"] == "Object Created"
+            return [_object(event["detail"], event["time"], str)] if is_event_bridge else []
+        objects = []
         for record in event["Records"]:
             if "body" in record or "Sns" in record:
-                found += landed(json.loads(record["body"] if "body" in record else record["Sns"]["Message"]))
+                objects += landed(
+                    json.loads(record["body"] if "body" in record else record["Sns"]["Message"])
+                )
             elif "ObjectCreated" in record["eventName"]:
-                found.append(_object(record["s3"], record["eventTime"], unquote_plus))
-        return found
+                objects.append(_object(record["s3"], record["eventTime"], unquote_plus))
+        return objects
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise EventError(f"no S3 event: {type(error).__name__} {error}") from None
 
 
-def _object(told: Mapping[str, Any], at: str, decoded: Callable[[str], str]) -> Landed:
-    thing = told["object"]
+def _object(details: Mapping[str, Any], event_time: str, decoded: Callable[[str], str]) -> Landed:
+    thing = details["object"]
     # the shorter of two sequencers is to be filled up with zeros on the right (AWS); without one, the time must do
-    order = (thing.get("sequencer") or re.sub(r"\D", "", at)).lower().ljust(32, "0")
+    order = (thing.get("sequencer") or re.sub(r"\D", "", event_time)).lower().ljust(32, "0")
     version = thing.get("versionId") or thing.get("version-id")
-    return Landed(f"{told['bucket']['name']}/{decoded(thing['key'])}", order, version, at)
+    return Landed(f"{details['bucket']['name']}/{decoded(thing['key'])}", order, version, event_time)

@@ -41,17 +41,21 @@ CHUNK = 64
 """Pages between two looks at the clock of their file."""
 
 
-def documents_of(path: str, name: str, at: str, p: RefineOnArrival) -> tuple[str, pa.Table | None, Counts]:
+def documents_of(
+    path: str, name: str, event_time: str, p: RefineOnArrival
+) -> tuple[str, pa.Table | None, Counts]:
     """The kind of the local file `path`, its documents if there are any, and where all its records went.
 
-    `name` is its path in the lake, for its documents the file that they come from; `at` is when it landed.
+    `name` is its path in the lake, for its documents the file that they come from; `event_time` is when it landed.
     """
-    packed, dead = guard.in_child(partial(_open, p=p), [(path, name, at)], p.file_timeout_s, p.page_memory_mb)
-    told = (
+    packed, dead = guard.in_child(
+        partial(_open, p=p), [(path, name, event_time)], p.file_timeout_s, p.page_memory_mb
+    )
+    child_report = (
         {"kind": "unknown", "rows": [], "dropped": {}, "failed": {dead[0]: 1}} if dead else json.loads(packed)
     )
-    rows, documents, until = told["rows"], [], time.monotonic() + p.file_timeout_s
-    account = Account(dropped=Counter(told["dropped"]), failed=Counter(told["failed"]))
+    rows, documents, until = child_report["rows"], [], time.monotonic() + p.file_timeout_s
+    account = Account(dropped=Counter(child_report["dropped"]), failed=Counter(child_report["failed"]))
     places = {row["doc_id"]: row["place"] for row in rows}
     for i in range(0, len(rows), CHUNK):
         if time.monotonic() > until:
@@ -64,10 +68,10 @@ def documents_of(path: str, name: str, at: str, p: RefineOnArrival) -> tuple[str
             documents.append(document | own_place)
         for failure in lost:
             (account.dropped if failure["reason"] in DROPPED else account.failed)[failure["reason"]] += 1
-    account.records_out = 1 if told["kind"] == "image" else len(documents)
+    account.records_out = 1 if child_report["kind"] == "image" else len(documents)
     account.records_in = account.records_out + account.dropped.total() + account.failed.total()
     table = pa.Table.from_pylist(documents, schema=DOCUMENT) if documents else None
-    return told["kind"], table, account.counts()
+    return child_report["kind"], table, account.counts()
 
 
 def _open(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: RefineOnArrival) -> bytes:
@@ -126,7 +130,7 @@ def kind_of(name: str, start: bytes) -> str:
 
 
 def _as_archive(
-    path: str, kind: str, name: str, at: str, most: int, failed: Counter[str]
+    path: str, kind: str, name: str, event_time: str, most: int, failed: Counter[str]
 ) -> dict[int, tuple[int, int]]:
     """Write the pages of a file as WARC records into `….warc`: by each record's offset, where its page lies."""
     data, places = Path(path).read_bytes(), {}
@@ -138,7 +142,7 @@ def _as_archive(
                 failed[text.reason] += 1
                 continue
             url = quote(url or f"lake:///{name}{f'/{offset}' if kind == 'json' else ''}", string.punctuation)
-            head = f"WARC/1.0\r\nWARC-Type: resource\r\nWARC-Target-URI: {url}\r\nWARC-Date: {at}\r\n"
+            head = f"WARC/1.0\r\nWARC-Type: resource\r\nWARC-Target-URI: {url}\r\nWARC-Date: {event_time}\r\n"
             places[out.tell()] = offset, length
             out.write(
                 f"{head}Content-Type: {mime}\r\nContent-Length: {len(text)}\r\n\r\n".encode()
@@ -151,19 +155,19 @@ def _as_archive(
 def json_texts(data: bytes) -> Iterator[tuple[int, int, bytes | RecordError, str | None]]:
     """Offset, length, `text` and `url` of every object of JSON Lines, a list or one object; broken ones as errors."""
     source, end, offset = data.decode("utf-8", "surrogateescape"), 0, 0
-    while (at := BETWEEN.match(source, end).end()) < len(source):
-        offset += len(source[end:at].encode("utf-8", "surrogateescape"))
+    while (start := BETWEEN.match(source, end).end()) < len(source):
+        offset += len(source[end:start].encode("utf-8", "surrogateescape"))
         value = None
         try:
-            value, end = DECODER.raw_decode(source, at)
+            value, end = DECODER.raw_decode(source, start)
             text = value["text"].encode("utf-8", "replace")
         except (KeyError, TypeError, AttributeError):
             text = RecordError("JSON without text")
         except (ValueError, RecursionError):
-            end = source.find("\n", at) % (len(source) + 1)  # where no line follows, all that is left
+            end = source.find("\n", start) % (len(source) + 1)  # where no line follows, all that is left
             text = RecordError("not JSON")
         url = value.get("url") if isinstance(value, dict) else None
-        length = len(source[at:end].encode("utf-8", "surrogateescape"))
+        length = len(source[start:end].encode("utf-8", "surrogateescape"))
         yield offset, length, text, url if isinstance(url, str) and HTTP.match(url) else None
         offset += length
 

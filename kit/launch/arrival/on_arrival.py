@@ -77,26 +77,30 @@ def handle(event: Mapping[str, Any], p: RefineOnArrival, lake: Lake) -> dict[str
     queued = bool(records) and "body" in records[0]
     for part in [{"Records": [r]} for r in records] if records else [event]:
         try:
-            results += [process(x, p, lake) for x in landed(part)]
+            results += [process(arrived, p, lake) for arrived in landed(part)]
         except Exception as error:  # whatever it is, it must not take the other objects along
             print(f"kit: {type(error).__name__}: {error}", file=sys.stderr)
             errors.append((part, error))
     if queued:
-        return {"batchItemFailures": [{"itemIdentifier": x["Records"][0]["messageId"]} for x, _ in errors]}
+        return {
+            "batchItemFailures": [
+                {"itemIdentifier": arrived["Records"][0]["messageId"]} for arrived, _ in errors
+            ]
+        }
     if errors:
         raise errors[0][1]
     return {"results": results}
 
 
-def process(x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
+def process(arrived: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     """One object through its step: `{path, status, …}` with status `extracted`, `refined`, `quarantined`, `duplicate`,
     `older` (than what is committed), `gone` or `ignored`."""
-    name, status = x.path.removeprefix(f"{lake.root}/"), "ignored"
+    name, status = arrived.path.removeprefix(f"{lake.root}/"), "ignored"
     hidden = any(part.startswith(("_", ".")) or not part for part in name.split("/")[2:])
     with store_errors(f"cannot process {name}"):
         try:
             if name.startswith(f"raw/{p.run}/") and not hidden:
-                return {"path": name, "sequencer": x.sequencer} | _extract(name, x, p, lake)
+                return {"path": name, "sequencer": arrived.sequencer} | _extract(name, arrived, p, lake)
             if name.startswith(f"{zone(p, 'extracted')}/") and name.endswith(".json") and not hidden:
                 return _refine(name, p, lake)
         except FileNotFoundError:
@@ -148,10 +152,10 @@ def read_manifest(lake: Lake, path: str) -> Manifest:
 
 def _settled(lake: Lake, folder: str, order: str, token: str) -> str:
     """`duplicate` or `older` for a version of a path that needs no work."""
-    found = commits(lake, folder)
-    if any(c.sequencer > order for c in found):
+    committed = commits(lake, folder)
+    if any(c.sequencer > order for c in committed):
         return "older"
-    return "duplicate" if any(c.sequencer == order and c.token == token for c in found) else ""
+    return "duplicate" if any(c.sequencer == order and c.token == token for c in committed) else ""
 
 
 def put_file(lake: Lake, name: str, data: bytes) -> Output:
@@ -177,26 +181,31 @@ def commit(
     return manifest
 
 
-def _extract(name: str, x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
+def _extract(name: str, arrived: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     """Step 1: the documents of a file; one that gives none and holds damage is quarantined."""
     started, token = time.perf_counter(), step_tokens(p)[0]
     folder = f"{zone(p, 'extracted')}/{path_id(name)}"
-    if status := _settled(lake, folder, x.sequencer, token):
+    if status := _settled(lake, folder, arrived.sequencer, token):
         return {"status": status}
     fs, version = lake.fs, {}
-    if x.version and "s3" in fs.protocol:
-        fs, version = fsspec.filesystem("s3", version_aware=True), {"version_id": x.version}
-    info = fs.info(x.path, **version)
+    if arrived.version and "s3" in fs.protocol:
+        fs, version = fsspec.filesystem("s3", version_aware=True), {"version_id": arrived.version}
+    info = fs.info(arrived.path, **version)
     if info["type"] != "file":
         return {"status": "ignored"}
-    facts = {"path": name, "version": x.version, "sequencer": x.sequencer, "event_time": x.time}
+    facts = {
+        "path": name,
+        "version": arrived.version,
+        "sequencer": arrived.sequencer,
+        "event_time": arrived.time,
+    }
     with tempfile.TemporaryDirectory() as temp:
         local, digest = Path(temp, "file"), hashlib.sha256(f"{info['size']} {info.get('ETag')}".encode())
         if info["size"] <= p.max_file_mb * 1e6:
-            fs.get_file(x.path, str(local), **version)
+            fs.get_file(arrived.path, str(local), **version)
             with local.open("rb") as f:
                 digest = hashlib.file_digest(f, "sha256")
-            kind, table, counts = documents_of(str(local), name, x.time, p)
+            kind, table, counts = documents_of(str(local), name, arrived.time, p)
         else:
             kind, table = "unknown", None
             counts = Counts(records_in=1, records_out=0, failed={"file too large": 1})
@@ -211,7 +220,10 @@ def _extract(name: str, x: Landed, p: RefineOnArrival, lake: Lake) -> dict[str, 
             put_file(lake, f"{place}.reason.json", note.encode())
     content = f"{digest.hexdigest()[:16]}.{token}"
     outputs = [put_table(lake, f"{folder}/{content}.parquet", table)] if table else []
-    path, inputs = f"{folder}/{x.sequencer}.{content}.json", [Input(uri=name, content_sha256=facts["sha256"])]
+    path, inputs = (
+        f"{folder}/{arrived.sequencer}.{content}.json",
+        [Input(uri=name, content_sha256=facts["sha256"])],
+    )
     commit(lake, p, path, started, counts, inputs, outputs, facts)
     return {"status": "quarantined" if "quarantine" in facts else "extracted", "commit": path}
 
@@ -221,13 +233,13 @@ def _refine(name: str, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     started, source, (before, own) = time.perf_counter(), read_manifest(lake, name), step_tokens(p)
     folder, key, file = name.removesuffix(".json").rsplit("/", 2)
     order, content = file.split(".", 1)
-    told, target = {"path": source.metrics["path"], "sequencer": order}, f"{zone(p, 'refined')}/{key}"
+    origin, target = {"path": source.metrics["path"], "sequencer": order}, f"{zone(p, 'refined')}/{key}"
     if not source.outputs or not content.endswith(before):  # what was extracted another way comes again
-        return told | {"status": "ignored"}
+        return origin | {"status": "ignored"}
     if _settled(lake, f"{folder}/{key}", order, before) == "older":
-        return told | {"status": "older"}
+        return origin | {"status": "older"}
     if status := _settled(lake, target, order, f"{before}.{own}"):
-        return told | {"status": status}
+        return origin | {"status": status}
     raw = lake.fs.cat_file(f"{lake.root}/{source.outputs[0].name}")
     if hashlib.sha256(raw).hexdigest() != source.outputs[0].sha256:
         raise LakeError(f"{source.outputs[0].name} is not what its manifest says")
@@ -242,7 +254,7 @@ def _refine(name: str, p: RefineOnArrival, lake: Lake) -> dict[str, Any]:
     outputs = [put_table(lake, f"{target}/{content}.{own}.parquet", table)]
     inputs, path = [Input(uri=name, content_sha256=source.content_sha256)], f"{target}/{file}.{own}.json"
     commit(lake, p, path, started, counts, inputs, outputs, facts)
-    return told | {"status": "refined", "commit": path}
+    return origin | {"status": "refined", "commit": path}
 
 
 @functools.lru_cache(maxsize=1)

@@ -50,10 +50,10 @@ WARM = b"<title>warm</title><p>" + b"What is loaded here need not be loaded when
 
 def event_of(lake: Lake, name: str, when: float, order: str = "") -> dict[str, Any]:
     """The event that S3 would send of the lake's file `name`, written at `when` (Unix seconds)."""
-    at = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    event_time = datetime.fromtimestamp(when, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     thing = {"key": quote(name), "sequencer": f"{int(when * 1e6):016x}{order}"}
     s3 = {"bucket": {"name": lake.root}, "object": thing}
-    return {"Records": [{"eventName": "ObjectCreated:Put", "eventTime": at, "s3": s3}]}
+    return {"Records": [{"eventName": "ObjectCreated:Put", "eventTime": event_time, "s3": s3}]}
 
 
 def changes(
@@ -69,15 +69,20 @@ def changes(
     for folder in folders:
         lake.fs.makedirs(folder, exist_ok=True)
     settings = dict(watch_filter=None, step=20, debounce=200, rust_timeout=50, yield_on_timeout=True)
-    told = watchfiles.watch(*folders, **settings) if local else iter(lambda: time.sleep(POLL_S) or (), None)
-    for changed in told:
+    ticks = watchfiles.watch(*folders, **settings) if local else iter(lambda: time.sleep(POLL_S) or (), None)
+    for changed in ticks:
         look = waiting | {path for kind, path in changed if kind != watchfiles.Change.deleted}
         if not local or time.monotonic() > due:
             lake.fs.invalidate_cache()
             look, due = {*folders}, time.monotonic() + RESCAN_S
         events, waiting = [], set()
-        found = ((k, v) for x in look for k, v in lake.fs.find(x, detail=True).items() if v["type"] == "file")
-        for path, info in sorted(found, key=itemgetter(0)):
+        files = (
+            (k, v)
+            for place in look
+            for k, v in lake.fs.find(place, detail=True).items()
+            if v["type"] == "file"
+        )
+        for path, info in sorted(files, key=itemgetter(0)):
             # on a disk the time of the inode's change: an older file that is moved in keeps its mtime
             when = info["created"] if local else info["LastModified"].timestamp()
             tag, name = (when, info["size"], info.get("ETag")), path.removeprefix(f"{lake.root}/")
@@ -182,7 +187,9 @@ def outcomes(p: RefineOnArrival, lake: Lake) -> list[dict[str, Any]]:
         why = {k: n for m in (one, two) if m for k, n in (m.counts.dropped | m.counts.failed).items()}
         status = "quarantined" if "quarantine" in facts else "image" if facts["kind"] == "image" else ""
         status = status or ("no document" if not one.outputs else "refined" if two else "waiting")
-        came, done = (datetime.fromisoformat(x) for x in (facts["event_time"], last.metrics["committed_at"]))
+        came, done = (
+            datetime.fromisoformat(moment) for moment in (facts["event_time"], last.metrics["committed_at"])
+        )
         rows.append(
             {"path": facts["path"], "kind": facts["kind"], "status": status, "records": one.counts.records_in,
              "documents": one.counts.records_out, "kept": two and two.counts.records_out,
@@ -202,7 +209,7 @@ def linked_images(
     """
     came = {row["path"] for row in files if row["kind"] == "image"}
     columns = documents.select(["doc_id", "url", "warc_filename", "images"]).to_pylist() if came else []
-    found = []
+    links = []
     for doc in columns:
         folder = posixpath.dirname(doc["warc_filename"])
         for image in doc["images"]:
@@ -213,10 +220,10 @@ def linked_images(
             near = "" if src.scheme or src.netloc else posixpath.normpath(f"{folder}/{unquote(src.path)}")
             beside = f"{folder}/{posixpath.basename(unquote(url.path))}"
             places = (near, f"raw/{p.run}/{url.hostname}{unquote(url.path)}", beside)
-            if place := next((x for x in places if x in came), None):
-                told = {k: image[k] for k in ("alt", "caption", "context")}
-                found.append({"image": place, "page": doc["url"], "doc_id": doc["doc_id"]} | told)
-    return sorted(found, key=lambda x: (x["image"], x["doc_id"]))
+            if place := next((item for item in places if item in came), None):
+                words = {k: image[k] for k in ("alt", "caption", "context")}
+                links.append({"image": place, "page": doc["url"], "doc_id": doc["doc_id"]} | words)
+    return sorted(links, key=lambda item: (item["image"], item["doc_id"]))
 
 
 def refine_on_arrival(p: RefineOnArrival, lake: Lake, files: Mapping[str, bytes]) -> Manifest:
@@ -252,9 +259,11 @@ def refine_on_arrival(p: RefineOnArrival, lake: Lake, files: Mapping[str, bytes]
     outputs = [o.model_copy(update={"name": f"part-{i:05d}.parquet"}) for i, o in enumerate(parts)]
     tables = [lake.read_part(f"{lake.root}/{o.name}") for o in parts]
     images = linked_images(p, pa.concat_tables(tables), rows) if tables else []
-    for name, found in (("files", rows), ("images", images)):
-        made = put_table(lake, f"{folder}/{name}-{uuid.uuid4().hex[:8]}.parquet", pa.Table.from_pylist(found))
-        outputs.append(made.model_copy(update={"name": f"{name}.parquet", "measured": name == "files"}))
+    for name, table_rows in (("files", rows), ("images", images)):
+        output = put_table(
+            lake, f"{folder}/{name}-{uuid.uuid4().hex[:8]}.parquet", pa.Table.from_pylist(table_rows)
+        )
+        outputs.append(output.model_copy(update={"name": f"{name}.parquet", "measured": name == "files"}))
     account = Account(
         records_in=sum(row["records"] for row in rows),
         records_out=sum(row["kept"] or row["status"] == "image" for row in rows),

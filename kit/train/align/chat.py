@@ -60,9 +60,9 @@ class InProcess:
         for chat in chats:
             a, b = (self._ids(chat, f"{BEGUN} {letter}") for letter in "AB")
             # tokenizers differ in what they join to a letter: compared is the first token that differs
-            at = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
-            begun.append(a[:at])
-            letters.append([a[at], b[at]])
+            first_different = next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)
+            begun.append(a[:first_different])
+            letters.append([a[first_different], b[first_different]])
         return [(call.odds, call.error) for call in self._run("judge", begun, 1, 0.0, bar, letters)]
 
     def _ids(self, turns: Sequence[Turn], begun: str = "") -> list[int]:
@@ -78,7 +78,9 @@ class InProcess:
         self, role: str, ids: list[list[int]], tokens: int, temperature: float, bar: Any, letters: Any = ()
     ) -> list[Call]:
         """What became of each text, in order; with `letters`, the log-odds of its two tokens to come next."""
-        calls = [Call(role, self.name, self.tokenizer.decode(x), prompt_tokens=len(x)) for x in ids]
+        calls = [
+            Call(role, self.name, self.tokenizer.decode(reply), prompt_tokens=len(reply)) for reply in ids
+        ]
         self.calls += calls
         pad = self.tokenizer.pad_token_id
         settings = for_readers(self.tokenizer, temperature)

@@ -43,8 +43,8 @@ class Endpoint:
         # the key is for one host: no redirect is followed; no proxy of the environment leads to this machine
         hooks = {"request": [self._headers]}
         web = openai.DefaultHttpxClient(follow_redirects=False, trust_env=not near, event_hooks=hooks)
-        told = {"base_url": url, "api_key": self.key or "none", "timeout": timeout_s, "http_client": web}
-        self.client = openai.OpenAI(**told, max_retries=RETRIES)
+        settings = {"base_url": url, "api_key": self.key or "none", "timeout": timeout_s, "http_client": web}
+        self.client = openai.OpenAI(**settings, max_retries=RETRIES)
 
     def _headers(self, request: Any) -> None:
         for name in ("Authorization", "OpenAI-Organization", "OpenAI-Project"):
@@ -62,13 +62,13 @@ class Endpoint:
 
     def _each(self, work: Callable, chats: Sequence[list[Turn]], bar: Any) -> list:
         with ThreadPoolExecutor(WORKERS) as pool:
-            return [(made, bar.update())[0] for made in pool.map(work, chats)]
+            return [(answer, bar.update())[0] for answer in pool.map(work, chats)]
 
     def _judge(self, chat: list[Turn]) -> tuple[float | None, str]:
         chat = [{"role": "user", "content": f"{chat[-1]['content']} {ONLY}"}]
         for _ in range(JUDGED):
             reply, error = self.chat("judge", chat, 16, 0.0)
-            named = {"".join(found).upper() for found in LETTER.findall(reply)}
+            named = {"".join(letter).upper() for letter in LETTER.findall(reply)}
             if error or len(named) == 1:
                 break
             chat = [*chat, {"role": "assistant", "content": reply or "?"}, {"role": "user", "content": ONLY}]
@@ -81,10 +81,10 @@ class Endpoint:
         started, create = time.perf_counter(), self.client.chat.completions.with_raw_response.create
         try:
             raw = create(model=self.model, messages=turns, max_tokens=tokens, temperature=temperature)
-            call.attempts, found = raw.retries_taken + 1, raw.parse()
-            text = (found.choices[0].message.content or "").encode("utf-8", "replace").decode().strip()
+            call.attempts, reply = raw.retries_taken + 1, raw.parse()
+            text = (reply.choices[0].message.content or "").encode("utf-8", "replace").decode().strip()
             call.reply = text.replace(self.key, "***") if self.key else text  # a server may say it back
-            used = [getattr(found.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
+            used = [getattr(reply.usage, f"{k}_tokens", None) for k in ("prompt", "completion")]
             call.prompt_tokens, call.reply_tokens = (n if isinstance(n, int) else None for n in used)
         except self.openai.APIError as error:
             status, late = getattr(error, "status_code", 0), isinstance(error, self.openai.APITimeoutError)

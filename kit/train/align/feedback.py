@@ -78,15 +78,15 @@ class PrincipleCase:
 
 def load_principles(path: str) -> list[Principle]:
     """The principles in a YAML file, a list of `{name, critique, revise, judge}`; raises `ParamError`."""
-    told = f"principles_file '{Path(path).name}'"
+    what = f"principles_file '{Path(path).name}'"
     try:
         items = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         return TypeAdapter(Annotated[list[Principle], Field(min_length=1)]).validate_python(items)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ParamError(f"{told}, item {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ParamError(f"{what}, item {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ParamError(f"{told} is not YAML: {' '.join(str(error).split())}") from None
+        raise ParamError(f"{what} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def question(prompt: str) -> str:
@@ -105,31 +105,31 @@ def constitutional_feedback(p: ConstitutionalFeedback, lake: Lake) -> Manifest:
         rows = lake.table(out.read("50_build_datasets"), "train").to_pylist()
         principles = load_principles(out.read_outside(p.principles_file))
         each = min(p.feedback_principles, len(principles))
-        found = cases(rows, principles, each, p)
-        prompts = len(found) // each
+        all_cases = cases(rows, principles, each, p)
+        prompts = len(all_cases) // each
         if p.endpoint:
             asked = Endpoint(p.endpoint, p.endpoint_model, p.endpoint_key_from, p.endpoint_timeout_s)
         else:
             load.set_threads(p.threads)
             asked = InProcess(p.base_model, dtype=p.dtype, trust_remote_code=p.trust_remote_code, seed=p.seed)
-        calls = prompts + len(found) * (6 if asked.gives_odds else 4)
+        calls = prompts + len(all_cases) * (6 if asked.gives_odds else 4)
         with progress(calls, "feedback", "calls") as bar:
-            _say(asked, "answer", found[::each], p.feedback_tokens, p.feedback_temperature, bar)
-            for i, case in enumerate(found):
-                first = found[i - i % each]
+            _say(asked, "answer", all_cases[::each], p.feedback_tokens, p.feedback_temperature, bar)
+            for i, case in enumerate(all_cases):
+                first = all_cases[i - i % each]
                 case.answer, case.lost, case.error = first.answer, first.lost, first.error
-            _say(asked, "critique", found, p.feedback_tokens, 0.0, bar)
-            _say(asked, "revision", found, p.feedback_tokens, 0.0, bar)
-            _drop(asked, found, p.max_tokens)
-            _judge(asked, found, bar)
-        pairs = [pair(case) for case in _going(found)]
+            _say(asked, "critique", all_cases, p.feedback_tokens, 0.0, bar)
+            _say(asked, "revision", all_cases, p.feedback_tokens, 0.0, bar)
+            _drop(asked, all_cases, p.max_tokens)
+            _judge(asked, all_cases, bar)
+        pairs = [pair(case) for case in _going(all_cases)]
         out.rows("preferences", pairs, PAIR)
-        out.rows("judgements", [judgement(case) for case in found])
+        out.rows("judgements", [judgement(case) for case in all_cases])
         out.rows("calls", [asdict(call) for call in asked.calls], measured=True)
-        counts = {"records_in": prompts, "created": len(found) - prompts, "records_out": len(pairs)}
-        counts |= {"dropped": Counter(c.lost for c in found if c.lost)}
-        counts |= {"failed": Counter(c.error for c in found if c.error)}
-        return out.commit(Counts(**counts), metrics(found, asked))
+        counts = {"records_in": prompts, "created": len(all_cases) - prompts, "records_out": len(pairs)}
+        counts |= {"dropped": Counter(c.lost for c in all_cases if c.lost)}
+        counts |= {"failed": Counter(c.error for c in all_cases if c.error)}
+        return out.commit(Counts(**counts), metrics(all_cases, asked))
 
 
 def cases(
@@ -144,15 +144,15 @@ def cases(
     return [PrincipleCase(prompt, order[i % len(order)]) for i, prompt in enumerate(asked)]
 
 
-def _going(found: Sequence[PrincipleCase]) -> list[PrincipleCase]:
-    return [case for case in found if not case.lost and not case.error]
+def _going(all_cases: Sequence[PrincipleCase]) -> list[PrincipleCase]:
+    return [case for case in all_cases if not case.lost and not case.error]
 
 
 def _say(
-    asked: Any, role: str, found: Sequence[PrincipleCase], tokens: int, temperature: float, bar: Any
+    asked: Any, role: str, all_cases: Sequence[PrincipleCase], tokens: int, temperature: float, bar: Any
 ) -> None:
     """Ask for each case's next text; the prompt said again and a sentence cut short are left out."""
-    going = _going(found)
+    going = _going(all_cases)
     replies = asked.ask(role, [case.chat() for case in going], tokens, temperature, bar)
     for case, (reply, error) in zip(going, replies, strict=True):
         reply = re.sub(rf"(?i)^\W*{re.escape(case.prompt.strip())}\W*", "", reply)
@@ -161,23 +161,23 @@ def _say(
         case.error, case.lost = error, "" if error or reply else f"empty {role}"
 
 
-def _drop(asked: Any, found: Sequence[PrincipleCase], max_tokens: int) -> None:
+def _drop(asked: Any, all_cases: Sequence[PrincipleCase], max_tokens: int) -> None:
     """Leave out what is no pair to learn from, before a judge is asked."""
-    told = lambda case, text: (case.prompt, " ".join(text.casefold().split()))  # noqa: E731
-    seen = {told(case, case.answer) for case in found}
-    for case in _going(found):
-        if told(case, case.revision) in seen:
+    key = lambda case, text: (case.prompt, " ".join(text.casefold().split()))  # noqa: E731
+    seen = {key(case, case.answer) for case in all_cases}
+    for case in _going(all_cases):
+        if key(case, case.revision) in seen:
             case.lost = "revision equals the first answer or another revision"
         elif asked.length(f"{case.prompt} {max(case.answer, case.revision, key=len)}") > max_tokens:
             case.lost = "pair longer than max_tokens"
-        seen.add(told(case, case.revision))
+        seen.add(key(case, case.revision))
 
 
-def _judge(asked: Any, found: Sequence[PrincipleCase], bar: Any) -> None:
+def _judge(asked: Any, all_cases: Sequence[PrincipleCase], bar: Any) -> None:
     """Judge pairs in both orders, and texts beside themselves where a liking of a letter can be taken off."""
-    going, n = _going(found), 4 if asked.gives_odds else 2
+    going, n = _going(all_cases), 4 if asked.gives_odds else 2
     texts = [(case, case.answer, case.revision) for case in going]
-    chats = [case.choice(*x) for case, a, b in texts for x in [(a, b), (b, a), (a, a), (b, b)][:n]]
+    chats = [case.choice(*order) for case, a, b in texts for order in [(a, b), (b, a), (a, a), (b, b)][:n]]
     judged = asked.judge(chats, bar)
     for i, case in enumerate(going):
         odds, errors = zip(*judged[i * n : (i + 1) * n], strict=True)
@@ -186,7 +186,7 @@ def _judge(asked: Any, found: Sequence[PrincipleCase], bar: Any) -> None:
             case.lost = "" if case.error else NOT_DECIDED
             continue
         liking, case.turns_uncalibrated = sum(odds[2:]) / 2, odds[0] * odds[1] > 0
-        second, first = ((1 + math.tanh(x / 2)) / 2 for x in (liking - odds[0], odds[1] - liking))
+        second, first = ((1 + math.tanh(order / 2)) / 2 for order in (liking - odds[0], odds[1] - liking))
         if min(abs(second - 0.5), abs(first - 0.5)) < UNDECIDED:
             case.lost = NOT_DECIDED
         elif (second > 0.5) != (first > 0.5):
@@ -210,13 +210,13 @@ def judgement(case: PrincipleCase) -> dict[str, Any]:
     return {**texts, "principle": case.principle.name, "toward": list(case.toward), "verdict": verdict}
 
 
-def metrics(found: Sequence[PrincipleCase], asked: Any) -> dict[str, Any]:
+def metrics(all_cases: Sequence[PrincipleCase], asked: Any) -> dict[str, Any]:
     """Shares of judgements that turn with the order, with a liking of letters and without; calls by role."""
-    judged = max(sum(bool(case.toward) for case in found), 1)
-    turned = sum(case.lost == JUDGEMENT_TURNS for case in found)
+    judged = max(sum(bool(case.toward) for case in all_cases), 1)
+    turned = sum(case.lost == JUDGEMENT_TURNS for case in all_cases)
     return {
         "order_dependent_share": round(turned / judged, 4),
-        "order_dependent_share_uncalibrated": round(sum(c.turns_uncalibrated for c in found) / judged, 4),
+        "order_dependent_share_uncalibrated": round(sum(c.turns_uncalibrated for c in all_cases) / judged, 4),
         "calls": dict(Counter(call.role for call in asked.calls)),
         "what_ran": asked.what_ran,
     }

@@ -37,12 +37,12 @@ class _Checked(Metered):
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss; the first is checked."""
-        found = super().compute_loss(model, *args, **kwargs)
+        result = super().compute_loss(model, *args, **kwargs)
         if self.model.training and self.state.global_step == 0 and self.first_loss is not None:
             check_first_loss(
-                float((found[0] if isinstance(found, tuple) else found).detach()), self.first_loss
+                float((result[0] if isinstance(result, tuple) else result).detach()), self.first_loss
             )
-        return found
+        return result
 
 
 class PreferenceTrainer(_Checked, DPOTrainer):

@@ -50,10 +50,10 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         data, tuned = out.read(p.preferences_from), out.read("60_finetune_sft")
         setup = resolve_setup(p)
         tokenizer = setup.tokenizer()
-        found = lake.table(data, "preferences").to_pylist()
-        pairs = usable(found, tokenizer, setup.fit.tokens)
+        given = lake.table(data, "preferences").to_pylist()
+        pairs = usable(given, tokenizer, setup.fit.tokens)
         pairs.require("preference", p.preferences_from)
-        held = usable(found, tokenizer, setup.fit.tokens, "heldout").rows[:EVALUATED]
+        held = usable(given, tokenizer, setup.fit.tokens, "heldout").rows[:EVALUATED]
         texts = [
             tokenizer(r["prompt"] + r[side])["input_ids"]
             for r in pairs.rows
@@ -62,8 +62,10 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         require_fit(setup, rows_tokens=[len(ids) for ids in texts])
         folder = lake.local_folder(tuned, "model")
         trainer, ran = _train(p, setup, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
-        made = adapters.save_adapter(trainer.model, Path(temp, "model"), setup.base_model, setup.quantization)
-        out.folder("model", made)
+        saved = adapters.save_adapter(
+            trainer.model, Path(temp, "model"), setup.base_model, setup.quantization
+        )
+        out.folder("model", saved)
         out.table("steps", steps_table(trainer), measured=True)
         del trainer  # room for the sweep
         sweep = [_moved(p.dpo_beta, ran)]
@@ -141,16 +143,16 @@ def logged(trainer: Any) -> dict[str, list[float]]:
 
 def usable(pairs: Sequence[Mapping[str, Any]], tokenizer: Any, max_tokens: int, split: str = "train") -> Rows:
     """The pairs of `split` that teach something, the others counted by reason; other splits are no input."""
-    found = Rows()
+    rows = Rows()
     for pair in pairs:
         if pair.get("split", "train") != split:
             continue
         reason = _flaw(pair, tokenizer, max_tokens)
         if reason:
-            found.dropped[reason] = found.dropped.get(reason, 0) + 1
+            rows.dropped[reason] = rows.dropped.get(reason, 0) + 1
         else:
-            found.rows.append({key: pair[key] for key in ("prompt", "chosen", "rejected")})
-    return found
+            rows.rows.append({key: pair[key] for key in ("prompt", "chosen", "rejected")})
+    return rows
 
 
 def _flaw(pair: Mapping[str, Any], tokenizer: Any, max_tokens: int) -> str | None:

@@ -95,18 +95,18 @@ class Judge:
     def __call__(self, prompts: list, completions: list, completion_ids: list, **kw: Any) -> list[float]:
         """One reward an answer, of prompt and answer encoded as `prepare_pairs` does."""
         ids = [[t for t in answer if t not in self.tokenizer.all_special_ids] for answer in completion_ids]
-        found = self.rewards([self.tokenizer(q)["input_ids"] + a for q, a in zip(prompts, ids)])
-        for q, text, raw, a, r in zip(prompts, completions, completion_ids, ids, found):
+        rewards = self.rewards([self.tokenizer(q)["input_ids"] + a for q, a in zip(prompts, ids)])
+        for q, text, raw, a, r in zip(prompts, completions, completion_ids, ids, rewards):
             seen = {"prompt": q, "answer": text, "reward": r, "length": len(a), "repetition": repetition(a)}
             self.seen.append({**seen, "cut": float(self.tokenizer.eos_token_id not in raw)})
         kw["log_metric"]("repetition", fmean(repetition(a) for a in ids))
-        return found
+        return rewards
 
 
-def prepare_pairs(found: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
+def prepare_pairs(given: Sequence, tokenizer: Any, tokens: int, split: str, most: int | None = None) -> Rows:
     """Usable pairs as `chosen_ids` and `rejected_ids`, at most `tokens` long; raises `ModelError`."""
     # cut here, without end token: TRL drops longer pairs, trains with that token, judges answers without it
-    pairs = usable(found, tokenizer, tokens, split)
+    pairs = usable(given, tokenizer, tokens, split)
     pairs.rows = pairs.rows[:most]
     for row in pairs.rows:
         row["lengths"] = [len(row["chosen"]), len(row["rejected"])]
@@ -144,15 +144,17 @@ def reward_scores(judge: Judge, held: Rows) -> dict[str, Any]:
         for text in known:
             known[text] = judge.rewards([text])[0]
             bar.update()
-    found, lengths = [[known[t] for t in pair] for pair in sides], [pair["lengths"] for pair in held.rows]
-    margins, varied = [chosen - rejected for chosen, rejected in found], np.std(found) * np.std(lengths)
+    rewards, lengths = [[known[t] for t in pair] for pair in sides], [pair["lengths"] for pair in held.rows]
+    margins, varied = [chosen - rejected for chosen, rejected in rewards], np.std(rewards) * np.std(lengths)
     return {
         "pairs": len(margins),
         "texts": len(known),
         "accuracy": fmean(m > 0 for m in margins),
         "interval": wilson(sum(m > 0 for m in margins), len(margins)),
         "longer_wins": fmean(chosen > rejected for chosen, rejected in lengths),
-        "length_correlation": float(np.corrcoef(np.ravel(found), np.ravel(lengths))[0, 1]) if varied else 0.0,
+        "length_correlation": float(np.corrcoef(np.ravel(rewards), np.ravel(lengths))[0, 1])
+        if varied
+        else 0.0,
         **calibration(margins),
     }
 
@@ -232,10 +234,10 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
         data, tuned = out.read("50_build_datasets"), out.read("60_finetune_sft")
         if not METHODS[below := tuned.params["method"]].merges:
             raise ModelError(f"no policy goes on top of method={below}: run 60 with method=lora")
-        found, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
+        given, *rows = (lake.table(data, t).to_pylist() for t in ("preferences", "train", "heldout"))
         tokenizer = reward.tokenizer()
-        pairs = prepare_pairs(found, tokenizer, reward.fit.tokens, "train")
-        unseen = prepare_pairs(found, tokenizer, reward.fit.tokens, "heldout", p.reward_eval_pairs)
+        pairs = prepare_pairs(given, tokenizer, reward.fit.tokens, "train")
+        unseen = prepare_pairs(given, tokenizer, reward.fit.tokens, "heldout", p.reward_eval_pairs)
         asked = [
             prepare_prompts(r, tokenizer, policy.fit, n) for r, n in zip(rows, (policy.fit.step_rows, 1))
         ]

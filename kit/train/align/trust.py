@@ -36,10 +36,10 @@ def calibration(margins: Sequence[float], bins: int = 4) -> dict[str, Any]:
     p = 1 / (1 + np.exp(-np.asarray(margins, dtype=float)))
     sure, right = np.maximum(p, 1 - p), (p > 0.5) + (p == 0.5) / 2
     parts = [i for i in np.array_split(np.argsort(sure, kind="stable"), bins) if len(i)]
-    made = [(float(sure[i].mean()), float(right[i].mean()), len(i)) for i in parts]
+    points = [(float(sure[i].mean()), float(right[i].mean()), len(i)) for i in parts]
     return {
-        "bins": [{"said": s, "came_true": c, "interval": wilson(c * n, n), "pairs": n} for s, c, n in made],
-        "ece": sum(n * abs(s - c) for s, c, n in made) / len(p),
+        "bins": [{"said": s, "came_true": c, "interval": wilson(c * n, n), "pairs": n} for s, c, n in points],
+        "ece": sum(n * abs(s - c) for s, c, n in points) / len(p),
         "brier": float(((1 - p) ** 2).mean()),
     }
 

@@ -46,20 +46,22 @@ def prepare(
     task: str = "completion",
 ) -> Rows:
     """Encode rows; those with nothing to learn from, which TRL would drop unseen, are counted by reason."""
-    found = Rows()
+    prepared = Rows()
     for row in rows:
         if not (row["completion"] or "").strip():
-            found.dropped["empty"] = found.dropped.get("empty", 0) + 1
+            prepared.dropped["empty"] = prepared.dropped.get("empty", 0) + 1
             continue
         # one more token than fits tells whether something was cut
         longer = encode_row(row, tokenizer, max_tokens + 1, task)
         encoded = {key: values[:max_tokens] for key, values in longer.items()}
         if not counted_tokens(encoded["labels"]):
-            found.dropped["prompt fills max_tokens"] = found.dropped.get("prompt fills max_tokens", 0) + 1
+            prepared.dropped["prompt fills max_tokens"] = (
+                prepared.dropped.get("prompt fills max_tokens", 0) + 1
+            )
             continue
-        found.truncated += len(longer["input_ids"]) > max_tokens
-        found.rows.append(encoded)
-    return found
+        prepared.truncated += len(longer["input_ids"]) > max_tokens
+        prepared.rows.append(encoded)
+    return prepared
 
 
 SECTION = re.compile(r"^### (Instruction|Context|Answer)\n", re.MULTILINE)

@@ -143,18 +143,18 @@ class Probe:
         scored = []
         for row in self.rows:  # one at a time, without padding: nothing but the weights can make a difference
             ids, _, labels = padded_batch([row], self.tokenizer.pad_token_id)
-            made = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
-            scored.append(predicted_tokens(made.cpu(), labels))
+            answered = model.eval()(input_ids=ids.to(model.device), use_cache=False).logits
+            scored.append(predicted_tokens(answered.cpu(), labels))
         logits = torch.cat([before.float() for before, _ in scored])
         tokens = torch.cat([said for _, said in scored])
         self.first = self.first if self.steps else logits
-        told = {
+        facts = {
             "relative": (logits - self.first).norm() / self.first.norm(),
             "largest": (logits - self.first).abs().max(),
             "same_top_token": (logits.argmax(-1) == self.first.argmax(-1)).float().mean(),
             "perplexity": (summed_loss(logits, tokens) / len(tokens)).exp(),
         }
-        self.steps.append({"step": step, **{name: value.item() for name, value in told.items()}})
+        self.steps.append({"step": step, **{name: value.item() for name, value in facts.items()}})
         if answer:
             self.said[step] = self.greedy(model, self.prompts)
         self.bar.update()
@@ -174,7 +174,9 @@ class Probe:
                 **{k: v[i] for k, v in self.said.items()},
             }
             same = [a == b for a, b in zip(ids["merged"], ids["reloaded"], strict=False)]
-            texts = {name: self.tokenizer.decode(x, skip_special_tokens=True) for name, x in ids.items()}
+            texts = {
+                name: self.tokenizer.decode(tokens, skip_special_tokens=True) for name, tokens in ids.items()
+            }
             table.append({**texts, "same_tokens": sum(same) / len(same)})
         return table
 
@@ -224,20 +226,24 @@ def serve(folder: Path, question: str, tokens: int, wait_s: float = 300) -> dict
 
 def card(p: MergeAndExport, lake: Lake, steps: list[dict[str, Any]]) -> str:
     """The model card: base and licences, ways of tuning, where records went, what was measured, what made it."""
-    found, todo = {}, list(CHAIN[p.export_from])
+    manifests, todo = {}, list(CHAIN[p.export_from])
     while todo:
         if manifest := lake.manifest(p.run, todo.pop()):
-            found[manifest.stage] = manifest
+            manifests[manifest.stage] = manifest
             todo += [i.uri.rpartition("/")[2] for i in manifest.inputs if i.manifest_sha256]
     known = p.base_model == shipped.SHIPPED
     base = "HuggingFaceTB/SmolLM2-135M-Instruct" if known else Path(p.base_model).name
-    ways = ", then ".join(f"{s[3:]} by {found[s].params.get('method', 'lora')}" for s in CHAIN[p.export_from])
-    scores = [(s, k, v) for s, m in sorted(found.items()) for k, v in m.metrics.items() if "perplexity_" in k]
+    ways = ", then ".join(
+        f"{s[3:]} by {manifests[s].params.get('method', 'lora')}" for s in CHAIN[p.export_from]
+    )
+    scores = [
+        (s, k, v) for s, m in sorted(manifests.items()) for k, v in m.metrics.items() if "perplexity_" in k
+    ]
     lines = [
         f"---\nbase_model: {base}\nlicense: {'apache-2.0' if known else 'other'}\npipeline_tag: text-generation\n---",
         f"# {p.run}: {base}, tuned\n\n{ways}; adapters merged in float32, saved as {p.export_dtype}.",
         "## Data\n\nWeb pages and files; licences are their owners', mostly unknown (see `card.md` of stage 50).\n",
-        *(f"- {s}: {show.escape(counts_line(m.counts))}" for s, m in sorted(found.items())),
+        *(f"- {s}: {show.escape(counts_line(m.counts))}" for s, m in sorted(manifests.items())),
         "\n## Measured\n",
         *(f"- {s}: {k} = {v:.4g}" for s, k, v in scores),
         *(f"- {s['step']}: logits {s['relative']:.2g} off, perplexity {s['perplexity']:.4g}" for s in steps),

@@ -45,8 +45,8 @@ def save_adapter(model: torch.nn.Module, folder: Path, base_model: str, quantiza
                 config[key] = sorted(config[key])
         config["base_model_name_or_path"] = base_model
         path.write_text(json.dumps(config, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        made = {"base_model": base_model, "quantization": quantization, "dtype": computes_in(model)}
-        (folder / TUNED_ON).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        facts = {"base_model": base_model, "quantization": quantization, "dtype": computes_in(model)}
+        (folder / TUNED_ON).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     else:
         model.config._name_or_path = base_model
         model.save_pretrained(folder)

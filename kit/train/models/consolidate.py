@@ -65,11 +65,11 @@ def open_sharded(folder: Path) -> tuple[dict[str, torch.Tensor], Callable[[str],
     # read once, here: DCP would do so for every tensor, and unpickle whatever is named
     reader.read_metadata = lambda *_, **__: about
     keys = {}
-    for key, found in about.state_dict_metadata.items():
+    for key, stored in about.state_dict_metadata.items():
         path = (about.planner_data or {}).get(key) or (key,)
-        if hasattr(found, "chunks") and (len(path) == 1 or "model" in path[:-1]):
-            keys[path[-1]] = key, found.size, found.properties.dtype
-            if sum(math.prod(c.sizes) for c in found.chunks) != math.prod(found.size):
+        if hasattr(stored, "chunks") and (len(path) == 1 or "model" in path[:-1]):
+            keys[path[-1]] = key, stored.size, stored.properties.dtype
+            if sum(math.prod(c.sizes) for c in stored.chunks) != math.prod(stored.size):
                 raise ModelError(f"'{folder.name}' is not whole: slices of {path[-1]} are missing or doubled")
     listed = json.loads((folder / INDEX).read_text())["weight_map"] if (folder / INDEX).exists() else keys
     if not keys or set(listed) - set(keys):

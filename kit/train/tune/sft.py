@@ -68,8 +68,8 @@ def finetune(p: FinetuneSft, lake: Lake) -> Manifest:
         with work_folder(lake, out, bool(p.checkpoint_steps)) as folder:
             fitted = fit_rows(p, tokenizer, train, held, folder)
             trainer = fitted.metrics.pop("trainer")
-            made = adapters.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
-            out.folder("model", made)
+            saved = adapters.save_adapter(fitted.model, folder / "model", p.base_model, fitted.quantization)
+            out.folder("model", saved)
             out.table("steps", steps_table(trainer), measured=True)
             counts = train.counts(p.sft_steps, math.floor(fitted.rows_a_step), "sft_steps")
             return out.commit(counts, fitted.metrics)
