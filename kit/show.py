@@ -89,6 +89,18 @@ class Table:
         return "\n".join(lines)
 
 
+def facts(values: Mapping[str, Any]) -> Table:
+    """Names and values of all kinds, a row each."""
+    return Table([{"": name, "value": _in_words(value)} for name, value in values.items()])
+
+
+def _in_words(value: Any) -> str:
+    # `type` and not `isinstance`: True is an int, too, and no number to a reader
+    if type(value) is float:
+        return f"{value:,.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
+
+
 def cell_align(value: Any) -> str:
     """`right` for numbers and missing values, `left` for words."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

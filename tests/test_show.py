@@ -39,6 +39,11 @@ def test_a_wide_table_is_shown_field_by_field():
     assert table.one_field_a_line() == "\n  prompt   a\n  base     1.5\n\n  prompt   b\\u202e\n  base     "
 
 
+def test_facts_of_all_kinds_stand_in_one_column():
+    shown = repr(show.facts({"a": 1234567, "b": 0.000123456, "c": True, "d": "words"})).split()
+    assert shown == ["value", "a", "1,234,567", "b", "0.0001235", "c", "True", "d", "words"]
+
+
 def test_an_empty_table_is_shown():
     assert "<table " in show.Table([])._repr_html_() and repr(show.Table([])) == ""
     assert "<th" in show.Table([], ["a"])._repr_html_() and repr(show.Table([], ["a"])) == "a"
