@@ -274,7 +274,10 @@ def test_the_data_half_imports_where_torch_is_not_installed() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="kit.data.refine.refine imports duckdb as it is imported itself")
+@pytest.mark.xfail(
+    strict=True,
+    reason="kit.data.engine.spark imports pyspark, and kit.data.select.index duckdb, as they are imported",
+)
 def test_the_lambda_imports_where_spark_and_duckdb_are_not_installed() -> None:
     done = imported_without([LAMBDA], {"pyspark", "duckdb"})
     assert done.returncode == 0, done.stderr

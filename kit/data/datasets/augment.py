@@ -170,9 +170,9 @@ synonym_replacement_udf, synonym_insertion_udf, word_swap_udf, word_deletion_udf
 
 def augment_rows(rows: list[dict[str, Any]], p: AugmentText) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Each row followed by its copies, and how many copies were not made, by operation and reason."""
-    copies, lost = [], Counter()
+    with_copies, lost = [], Counter()
     for row in rows:
-        copies.append(row | {"source_row": None, "operation": None, "changes": []})
+        with_copies.append(row | {"source_row": None, "operation": None, "changes": []})
         seen, about = {row["completion"]}, (row["item"] or "", row["language"], p.changed_share, p.seed)
         for operation, copy in product(p.operations, range(p.copies)):
             key = f"{row['row_id']} {copy}" if copy else row["row_id"]
@@ -183,8 +183,8 @@ def augment_rows(rows: list[dict[str, Any]], p: AugmentText) -> tuple[list[dict[
             seen.add(text)
             own = hashlib.blake2b(f"{key} {operation} {p.seed}".encode(), digest_size=10).hexdigest()
             origin = {"source_row": row["row_id"], "operation": operation, "changes": changes}
-            copies.append(row | {"row_id": own, "completion": text} | origin)
-    return copies, lost
+            with_copies.append(row | {"row_id": own, "completion": text} | origin)
+    return with_copies, lost
 
 
 def train_shares(lake: Lake, source: Manifest, part_mb: float) -> list[tuple[str, int, int]]:
@@ -212,8 +212,8 @@ def augment_text(p: AugmentText, lake: Lake) -> Manifest:
         def work(task: tuple[int, tuple[str, int, int]]) -> dict[str, Any]:
             number, (path, *rows) = task
             given = lake.read_part(path).slice(*rows)
-            copies, lost = augment_rows(given.to_pylist(), p)
-            table = pa.Table.from_pylist(copies, schema=pa.schema([*given.schema, *ADDED]))
+            with_copies, lost = augment_rows(given.to_pylist(), p)
+            table = pa.Table.from_pylist(with_copies, schema=pa.schema([*given.schema, *ADDED]))
             created = given.num_rows * len(p.operations) * p.copies
             account = Account(given.num_rows, created, table.num_rows, lost)
             output = writer.table(f"train-{number:05d}", table)

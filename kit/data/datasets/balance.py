@@ -118,13 +118,15 @@ def slices(text: str) -> list[str]:
 def probe(tokenizer: Tokenizer, pieces: list[str]) -> Probe:
     """Of a text in pieces: their bytes, and the tokens and bytes of its slices."""
     taken = slices("".join(pieces))
-    sizes = [[len(text.encode("utf-8", "replace")) for text in xs] for xs in (pieces, taken)]
-    return sizes[0], sum(map(len, token_ids(tokenizer, taken))), sum(sizes[1])
+    piece_bytes = [len(piece.encode("utf-8", "replace")) for piece in pieces]
+    taken_bytes = sum(len(part.encode("utf-8", "replace")) for part in taken)
+    return piece_bytes, sum(map(len, token_ids(tokenizer, taken))), taken_bytes
 
 
 def expected_tokens(probes: Sequence[Probe]) -> np.ndarray:
-    """Expected tokens of every piece of texts that were probed."""
-    tokens, of_bytes = np.array([probed[1:] for probed in probes], float).T
+    """Expected tokens of every piece of texts that were probed, float64 [pieces]."""
+    tokens, of_bytes = np.array([probed[1:] for probed in probes], float).T  # both [texts]
+    # few bytes say little of a text: it is taken to be as the mean of all, as if `PRIOR` bytes more had been like that
     ratio = (tokens + PRIOR * tokens.sum() / of_bytes.sum()) / (of_bytes + PRIOR)
     return np.concatenate([np.array(probed[0]) * r for probed, r in zip(probes, ratio, strict=True)])
 
@@ -205,16 +207,21 @@ def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str
     cutting = p.balance in CUTTING and cut_is_safe(fast_tokenizer(source))
     with lake.stage(p) as out:
         out.read_outside(tokenizer_file)
+
+        # how the input is cut: shares of rows for the tasks, texts into pieces that fit the partitions
         shares = train_shares(lake, out.read("50_build_datasets"), p.part_mb)
         about_bytes = 3 * sum(lake.fs.size(path) for path in {path for path, *_ in shares})  # uncompressed
         texts = Texts(lake, cutting, max(about_bytes // (p.partitions * GROUPS), SLICE))
         context = session(p).sparkContext
         tokenizer = context.broadcast(source)
+
+        # what each piece will cost, and to which partition it goes; owner, estimated, parts [pieces]
         keys, probes, first_piece = measure_texts(p, texts, shares, tokenizer)
         owner = np.repeat(np.arange(len(keys)), [len(sizes) for sizes, *_ in probes])  # each piece's text
         estimated = expected_tokens(probes)
         parts = assign(p.balance, [keys[i] for i in owner], estimated.tolist(), p.partitions)
 
+        # each piece to its partition, numbered as it was probed: shares are read twice, in the same order
         def spread(task: tuple[int, Share]) -> Iterator[tuple[int, tuple[int, str, bool]]]:
             number = first_piece[task[0]]
             for _, pieces in texts.of(task[1]):
@@ -226,28 +233,41 @@ def balance_tokenization(p: BalanceTokenization, lake: Lake, tokenizer_file: str
         pieces = context.parallelize(list(enumerate(shares)), len(shares)).flatMap(spread)
         tokenised, spent, tokens = tokenise(pieces, p.partitions, tokenizer, end, len(owner))
         wall = time.perf_counter() - started
-        whole = np.bincount(owner, tokens).astype(int)  # tokens of each text
+
+        # pieces back to whole texts, texts into rows of one length; whole [texts], tokens [pieces]
+        whole = np.bincount(owner, tokens).astype(int)
         rows = best_fit(whole.tolist(), p.packed_tokens)
         _write_packed(p, out, tokenised, rows, keys, owner, tokens, end)
         tokenised.unpersist()
         columns = [[keys[i] for i in owner], estimated.round().astype(int), tokens, parts]
         out.table("loads", pa.table(columns, ["row_id", "estimated", "tokens", "partition"]))
+
+        # a row of the input ends in a packed row with others; a long one, cut, in several
         given, packed = sum(n_rows for *_, n_rows in shares), sum(map(len, rows))
         gone = Counter({"no text": given - len(keys), "packed with others": packed - len(rows)})
         account = Account(given, packed - len(keys), len(rows), gone)
         seconds = {"tokenise": wall, "slowest partition": max(spent), "all partitions": sum(spent)}
         loads = np.bincount(parts, tokens, p.partitions)
-        return out.commit(account.counts(), {
-            "tokens": int(tokens.sum()), "pieces": len(owner), "max_over_mean": round(float(loads.max() / loads.mean()), 4),
+        metrics = {
+            "tokens": int(tokens.sum()),
+            "pieces": len(owner),
+            "max_over_mean": round(float(loads.max() / loads.mean()), 4),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "padding": _padding(whole, len(rows), p.packed_tokens),
-        })  # fmt: skip
+        }
+        return out.commit(account.counts(), metrics)
 
 
 def _write_packed(
-    p: BalanceTokenization, out: StageWriter, tokenised: RDD, rows: list[Slices], keys: list[str], owner: np.ndarray,
-    tokens: np.ndarray, end: int,
-) -> None:  # fmt: skip
+    p: BalanceTokenization,
+    out: StageWriter,
+    tokenised: RDD,
+    rows: list[Slices],
+    keys: list[str],
+    owner: np.ndarray,
+    tokens: np.ndarray,
+    end: int,
+) -> None:
     """Write the packed rows; raises `LakeError` where a token is missing in them."""
     whole = np.bincount(owner, tokens).astype(int)
     # where each piece begins in its text: tokens of all pieces before it, less those of all texts before its own

@@ -63,9 +63,11 @@ def write_rows(
             pieces_of[row, text] += ids.tolist()
         packed = []
         for row in sorted({row for row, _ in pieces_of}):
-            ids = [item for text, *_ in rows[row] for item in pieces_of[row, text]]
+            ids = [token for text, *_ in rows[row] for token in pieces_of[row, text]]
             names = [keys[text] for text, *_ in rows[row]]
-            packed.append(dict(zip(ROW.names, (ids + [fill] * (size - len(ids)), [n for *_, n in rows[row]], names, [s for _, s, _ in rows[row]]))))  # fmt: skip
+            lengths, starts = [n for *_, n in rows[row]], [start for _, start, _ in rows[row]]
+            padded = ids + [fill] * (size - len(ids))
+            packed.append(dict(zip(ROW.names, (padded, lengths, names, starts), strict=True)))
         table = pa.Table.from_pylist(packed, schema=ROW)
         output = writer.table(f"part-{part[0]:05d}", table)
         return {"output": output, "tokens": sum(map(len, pieces_of.values()))}

@@ -34,8 +34,7 @@ ALL_PAIRS_UP_TO, COMPANIONS = 40, 8
 """In larger LSH buckets each text is compared with the first few and the next few: all pairs would grow as the square."""
 PAIRS_FLOOR = 0.5
 """Verified pairs are told of from this Jaccard index on."""
-# what a task holds of texts and of shingles (8 bytes each): small enough for a cache in the first case, for the
-# memory of a Spark worker in the second
+# what a task holds at a time: characters of texts that are signed, shingles of 8 bytes that are compared (32 MB)
 BATCH_CHARS, BATCH_SHINGLES = 1 << 18, 1 << 22
 
 
@@ -185,7 +184,7 @@ def verify_pairs(job: PairJob, pairs: np.ndarray) -> tuple[int, np.ndarray]:
         grams, bounds = read(docs[these], records["first_shingle"][these], records["size"][these])
         sets = [grams[i:j] for i, j in pairwise(bounds.tolist())]
         ones, others = these.searchsorted(a[share]), these.searchsorted(b[share])
-        # pairs are sorted by a: one call for each run with the same a, as numpy's calls cost more than the work
+        # pairs are sorted by a: one call compares a document with all of its partners
         runs = np.append(np.append(True, ones[1:] != ones[:-1]).nonzero()[0], len(ones)).tolist()
         for i, j in pairwise(runs):
             partners = [sets[k] for k in others[i:j].tolist()]

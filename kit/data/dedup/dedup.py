@@ -116,7 +116,7 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
         with progress(n_docs, "deduplicate", "documents") as bar:
             bar.note("signatures and pairs")
             pairs = _to(_to(numbers.flatMap(signed), n).mapPartitions(_paired), n)
-            # persisted: three jobs below read it, and signing again would cost more than all of them
+            # persisted: the jobs below would each sign, pair and compare anew
             verified = pairs.mapPartitions(lambda blobs: [verify_pairs(job, _one(blobs, PAIR))]).persist()
             numbers_by_task = collect(
                 verified.map(lambda result: (result[0], len(_joined(result[1], p)))), done, bar
@@ -124,7 +124,7 @@ def deduplicate(p: Deduplicate, lake: Lake) -> Manifest:
             compared, n_joined = (sum(column) for column in zip(*numbers_by_task, strict=True))
 
             bar.note("clusters")
-            # one task joins a few million pairs sooner than Spark starts its first round
+            # few pairs fit into the memory of one task
             labels = (_few if n_joined <= FEW_PAIRS else _many)(verified, p, n)
             decided = _to(labels, n).mapPartitions(lambda blobs: [decide(job, _one(blobs, LABEL))]).persist()
             placed = _to(decided.mapPartitionsWithIndex(partial(_placed, job)), job.parts)
@@ -203,7 +203,7 @@ def components(pairs: DataFrame) -> DataFrame:
         edges.groupBy("doc").agg(F.min("other").alias("m")).select("doc", F.least("doc", "m").alias("label"))
     )
     for _ in range(MAX_ROUNDS):
-        # without it the plan of round n holds those of all rounds before, and Spark plans longer than it works
+        # without it the plan of a round holds those of all rounds before
         labels = labels.localCheckpoint()
         around = edges.join(labels.withColumnRenamed("doc", "other"), "other")
         best = around.groupBy("doc").agg(F.min("label").alias("best"))

@@ -93,7 +93,7 @@ def _powers(n: int) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _folded() -> np.ndarray:
     """What each code point becomes in a normalised text, 0 if it is in no word, with the flags above."""
-    # all of Unicode, uint32 [0x110000]: 4 MB, and half a second once a process
+    # all of Unicode, uint32 [0x110000]: 4 MB, made once a process
     table = np.arange(0x110000, dtype=np.uint32)
     every = table.tobytes().decode("utf-32-le", "surrogatepass")
     words = np.zeros(len(table), bool)

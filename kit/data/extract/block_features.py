@@ -48,7 +48,7 @@ ANCESTORS = _ANCESTORS.split()
 BIT = {tag: 1 << i for i, tag in enumerate(ANCESTORS)} | {"menu": 1}
 PRE, UNSEEN = BIT["pre"], BIT["hidden"] | BIT["noscript"]
 # four counters of twelve bits in one integer, so that one look-up a word and one sum a block count all four: function
-# words, furniture, words of the title, first person; the highest bit is free for the mark before each block
+# words, furniture, words of the title, first person; a bit above them marks where a block begins
 _LEXICON = {
     word: (word in FUNCTION_WORDS) + ((word in FURNITURE_WORDS) << 12) + ((word in FIRST_PERSON_WORDS) << 36)
     for word in FUNCTION_WORDS | FURNITURE_WORDS | FIRST_PERSON_WORDS
@@ -106,9 +106,8 @@ def _measure(b: Blocks, link_chars: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     stop, furniture, titled, person = lexical / words
     sentences, _, upper, unspaced, odd, digits = counts / lengths
     stop = np.where(unspaced > 0.2, 0.4, stop)  # of no use where words are not told apart
-    long = (words + 0.6 * counts[3]) * (
-        chars / lengths
-    )  # words of the whole block, by those of its beginning
+    # words of the whole block, by those of its beginning
+    long = (words + 0.6 * counts[3]) * (chars / lengths)
     density = np.minimum(link_chars / chars, 1)
     text = long * (1 - density)
     # how often the same block came before: what repeats is a label, such as "Reply"

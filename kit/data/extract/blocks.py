@@ -95,7 +95,7 @@ def main_text(blocks: Blocks, model: Any = None) -> str:
     if not blocks.texts:
         return ""
     p = probabilities(blocks, model)
-    # about six characters a word, the space included: splitting all texts would cost more than it tells
+    # as weights, about six characters a word, the space included, are near enough
     words = np.fromiter(map(len, blocks.texts), np.int64, len(p)) // 6 + 1
     if p.max() < LOWEST:
         p = p / p.max()

@@ -87,7 +87,7 @@ def extract_page(
     The page may be a row of a person's file of that `layout`.
     """
     text, charset = decode(page.payload, page.charset)
-    text = text.replace("\x00", "")  # many readers of Parquet end a string there
+    text = text.replace("\x00", "")  # `walk` marks line breaks with it, `block_features` where a block begins
     extractor = p.extractor
     fields = {"title": "", "images": [], "links": [], "reviews": []}
     # what the index detected is better than what the page claims, where there is an index

@@ -50,7 +50,7 @@ NEXT_HEAD = re.compile(
 )
 ROWS = re.compile(r"\.(csv|tsv|txt|jsonl|ndjson)(\.gz|\.zst)?$", re.IGNORECASE)
 """Files of rows, which `kit.data.read.rows` reads."""
-# longer than any line that `NEXT_HEAD` can match, so that one cut in two by a piece's end is seen whole the next time
+# a head's line that a piece's end cuts in two is seen whole the next time, if it is no longer than this
 OVERLAP = 1 << 12
 BLANK = re.compile(rb"[\r\n]*")
 BLANK_LINES = re.compile(rb"\r{0,2}\n\r{0,2}\n")

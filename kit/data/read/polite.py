@@ -36,8 +36,7 @@ from kit.errors import FetchError, Missing
 
 READ_AHEAD_BYTES, PIECE_BYTES = 1 << 20, 1 << 18
 INFO_S, MAX_REDIRECTS, GIVE_UP_AFTER = 60.0, 5, 3
-# a pause doubles from one second to one minute; a server that asks for more than five minutes is asked again sooner, as
-# a typing error in a header must not stop a job for a day
+# a pause doubles from one second to one minute; a server that asks for more than five minutes is asked again after five
 PAUSE_S, MAX_PAUSE_S, MAX_RETRY_AFTER_S = 1.0, 60.0, 300.0
 CONTENT_RANGE = re.compile(r"bytes (?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)", re.IGNORECASE)
 # 403 is among them: it is how Common Crawl says "too fast"; 501 and 505 are not, a server will not learn a method or

@@ -162,7 +162,7 @@ def layout(uri: str, rating_column: str = "") -> Layout:
         source, head = pieces(f)[0], b""
         while len(head) < HEAD_BYTES and (piece := next(source, None)):
             head += piece.data
-    # in UTF-16 a line end is two bytes, and offsets of rows would be wrong by one
+    # rows are cut at single bytes, and in UTF-16 a line end has two
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ArchiveError(f"'{uri}' is UTF-16: save it as UTF-8")
     kind = ROWS.search(uri)[1].lower()

@@ -86,7 +86,7 @@ def _pipeline(name: str) -> Any:
     try:
         import spacy
 
-        # only names are wanted: what is left out takes most of a pipeline's time
+        # only names are wanted
         return spacy.load(
             name, exclude=["tagger", "morphologizer", "parser", "lemmatizer", "attribute_ruler"]
         )

@@ -190,7 +190,7 @@ def _national_ids(text: str, _: str) -> Iterator[Span]:
     for start, end in _windows(text, ID_NEEDS):
         for module, shape, words in NATIONAL:
             for match in shape.finditer(text, start, end):
-                # many numbers have the shape, a tenth of them the checksum: a word before it decides
+                # a check digit lets a tenth of all numbers of the shape pass: a word before it decides
                 start_before = max(match.start() - WORDS_BEFORE, 0)
                 if words.search(text, start_before, match.start()) and _id_valid(module, match[0]):
                     yield match.span()
@@ -227,7 +227,7 @@ def find(text: str, lang: str, types: Sequence[str] = TYPES) -> list[tuple[int, 
 def mask(text: str, lang: str, types: Sequence[str] = TYPES) -> tuple[str, dict[str, int]]:
     """The text with personal data replaced by `<EMAIL>`, `<PHONE>` …, and how many of each of these types."""
     counts = {kind: 0 for kind in TYPES if kind in types}
-    # most texts hold nothing that could be any of it: one search instead of forty
+    # most texts hold nothing that could be any of it: one search instead of one for each shape
     if not counts or not NUMBER_OR_AT.search(text):
         return text, counts
     parts, position = [], 0

@@ -51,7 +51,7 @@ def rule_values(
     """
     sets = set(rule_sets)
     values: dict[str, float] = {}
-    # tokens take most of the time, so they are made once, and only for rules that ask for those of the whole text:
+    # tokens are made once, and only for rules that ask for those of the whole text:
     # where C4 shortens it, FineWeb wants those of what is left
     whole_text = {"gopher_repetition", "gopher_quality"} | (set() if c4_lines else {"fineweb"})
     tokens = w.tokens(text) if sets & whole_text else None

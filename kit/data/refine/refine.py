@@ -41,7 +41,7 @@ SUSPECT = (
 )
 """What a line in NFC must hold for ftfy to change it: something to remove, or what its heuristic needs at least
 (`ftfy.badness`; searching for that itself is 30 times as slow). A test holds the two against each other."""
-# line by line: ftfy decides for a whole string, and one mended line must not change the others
+# line by line, so that only those that are suspect go through ftfy
 LINE = re.compile(r"[^\n]*\n|[^\n]+")
 # what these would change is typography, not damage: quotes, ligatures and full-width letters are the author's
 REPAIR = ftfy.TextFixerConfig(
@@ -244,7 +244,7 @@ class Verdicts:
     """Characters of a text that are kept in memory, to be looked at."""
 
     def __init__(self, lake: Lake, manifest: Manifest) -> None:
-        # imported here: the function that refines what lands imports this module and has no DuckDB
+        # imported here: refining itself does without DuckDB
         import duckdb
 
         self.params = manifest.params
@@ -254,7 +254,7 @@ class Verdicts:
             table = lake.read_part(path, columns)
             short = pc.utf8_slice_codeunits(table["text"], 0, self.EXCERPT)
             tables.append(table.set_column(table.schema.get_field_index("text"), "text", short))
-        # tags as columns of a table of its own: unnesting them in every query would take as long as the query
+        # tags as columns of a table of its own, unnested once and not in every query
         self.db = duckdb.connect()
         self.db.register("given", pa.concat_tables(tables))
         self.db.execute("CREATE TABLE given_tags AS SELECT * EXCLUDE tags, unnest(tags) FROM given")

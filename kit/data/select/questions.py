@@ -141,7 +141,7 @@ GROUP BY 1 ORDER BY 1"""
 
 def select_query(p: ExploreIndex) -> str:
     """The selected rows, in the order in which archives are read."""
-    columns = {} if p.archive_paths else NOT_IN_TABLE
-    return f"""SELECT {", ".join(f"{columns[c]} AS {c}" if c in columns else c for c in SELECTED)}
+    stand_ins = {} if p.archive_paths else NOT_IN_TABLE
+    return f"""SELECT {", ".join(f"{stand_ins[c]} AS {c}" if c in stand_ins else c for c in SELECTED)}
 FROM ccindex WHERE {_population(p)} AND {_reason(p)} IS NULL
 ORDER BY warc_filename, warc_record_offset{f" LIMIT {p.max_pages}" if p.max_pages else ""}"""

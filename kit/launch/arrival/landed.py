@@ -79,13 +79,13 @@ def _open(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: Refi
     if not items:  # once more after the only one was killed
         return b""
     beat(0)
-    path, name, at = items[0][1]
+    path, name, event_time = items[0][1]
     kind, rows, places, dropped, failed = "unknown", [], {}, {}, Counter()
     try:
         with open(path, "rb") as f:
             kind = kind_of(name, f.read(1 << 16))
         if kind in ("html", "json", "text"):
-            places = _as_archive(path, kind, name, at, int(p.max_page_mb * 1e6), failed)
+            places = _as_archive(path, kind, name, event_time, int(p.max_page_mb * 1e6), failed)
         if places or kind == "archive":
             archive = f"{path}.warc" if places else path
             index = Index(ExploreIndex(archive_paths=[archive], max_record_mb=1e6))
@@ -101,8 +101,8 @@ def _open(items: Sequence[tuple[int, Any]], beat: Callable[[int], None], p: Refi
     except Exception as error:  # a file may break a library in any way; that is the file's fault
         failed[f"cannot be opened: {type(error).__name__}"] += 1
     for row in rows:
-        at = row["warc_record_offset"]
-        row["place"] = places.get(at) or (at, row["warc_record_length"])
+        offset = row["warc_record_offset"]
+        row["place"] = places.get(offset) or (offset, row["warc_record_length"])
         # the identity of a document in the file that landed, not in the archive made of it
         row["doc_id"] = doc_id(name, row["place"][0], row["wrapping"])
     beat(-1)

@@ -82,11 +82,8 @@ def handle(event: Mapping[str, Any], p: RefineOnArrival, lake: Lake) -> dict[str
             print(f"kit: {type(error).__name__}: {error}", file=sys.stderr)
             errors.append((part, error))
     if queued:
-        return {
-            "batchItemFailures": [
-                {"itemIdentifier": arrived["Records"][0]["messageId"]} for arrived, _ in errors
-            ]
-        }
+        failures = [{"itemIdentifier": part["Records"][0]["messageId"]} for part, _ in errors]
+        return {"batchItemFailures": failures}
     if errors:
         raise errors[0][1]
     return {"results": results}
@@ -220,10 +217,8 @@ def _extract(name: str, arrived: Landed, p: RefineOnArrival, lake: Lake) -> dict
             put_file(lake, f"{place}.reason.json", note.encode())
     content = f"{digest.hexdigest()[:16]}.{token}"
     outputs = [put_table(lake, f"{folder}/{content}.parquet", table)] if table else []
-    path, inputs = (
-        f"{folder}/{arrived.sequencer}.{content}.json",
-        [Input(uri=name, content_sha256=facts["sha256"])],
-    )
+    path = f"{folder}/{arrived.sequencer}.{content}.json"
+    inputs = [Input(uri=name, content_sha256=facts["sha256"])]
     commit(lake, p, path, started, counts, inputs, outputs, facts)
     return {"status": "quarantined" if "quarantine" in facts else "extracted", "commit": path}
 

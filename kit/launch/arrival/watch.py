@@ -106,9 +106,8 @@ def watch(
 
     Ends only if `quiet_s` is given: when nothing has come and nothing been done for so long.
     """
-    step_tokens(
-        p
-    )  # named after the code of now, which is what the workers load, whatever is edited meanwhile
+    # named after the code of now, which is what the workers load, whatever is edited meanwhile
+    step_tokens(p)
     pool, todo, running, last = _pool(p), deque(), {}, time.monotonic()
 
     def submit(event: dict[str, Any], tries: int) -> None:

@@ -79,7 +79,7 @@ class InProcess:
     ) -> list[Call]:
         """What became of each text, in order; with `letters`, the log-odds of its two tokens to come next."""
         calls = [
-            Call(role, self.name, self.tokenizer.decode(reply), prompt_tokens=len(reply)) for reply in ids
+            Call(role, self.name, self.tokenizer.decode(prompt), prompt_tokens=len(prompt)) for prompt in ids
         ]
         self.calls += calls
         pad = self.tokenizer.pad_token_id

@@ -186,7 +186,7 @@ def _judge(asked: Any, all_cases: Sequence[PrincipleCase], bar: Any) -> None:
             case.lost = "" if case.error else NOT_DECIDED
             continue
         liking, case.turns_uncalibrated = sum(odds[2:]) / 2, odds[0] * odds[1] > 0
-        second, first = ((1 + math.tanh(order / 2)) / 2 for order in (liking - odds[0], odds[1] - liking))
+        second, first = ((1 + math.tanh(logit / 2)) / 2 for logit in (liking - odds[0], odds[1] - liking))
         if min(abs(second - 0.5), abs(first - 0.5)) < UNDECIDED:
             case.lost = NOT_DECIDED
         elif (second > 0.5) != (first > 0.5):

@@ -59,9 +59,11 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
             for r in pairs.rows
             for side in ("chosen", "rejected")
         ]
-        require_fit(setup, rows_tokens=[len(ids) for ids in texts])
+        needed = require_fit(setup, rows_tokens=[len(ids) for ids in texts])
         folder = lake.local_folder(tuned, "model")
-        trainer, ran = _train(p, setup, folder, tokenizer, pairs.rows, held, Path(temp, "main"))
+        trainer, ran = _train(
+            p, setup, folder, tokenizer, pairs.rows, held, Path(temp, "main"), needed.seconds
+        )
         saved = adapters.save_adapter(
             trainer.model, Path(temp, "model"), setup.base_model, setup.quantization
         )
@@ -72,7 +74,9 @@ def align(p: AlignDpo, lake: Lake) -> Manifest:
         for beta in p.sweep_betas:
             load.release()
             other = p.model_copy(update={"dpo_beta": float(beta)})
-            moved = _train(other, setup, folder, tokenizer, pairs.rows, [], Path(temp, beta))[1]
+            moved = _train(other, setup, folder, tokenizer, pairs.rows, [], Path(temp, beta), needed.seconds)[
+                1
+            ]
             sweep.append(_moved(float(beta), moved))
         metrics = {
             **_with_reference(ran, setup.fit.reference),
@@ -112,10 +116,11 @@ def _train(
     pairs: list[dict[str, str]],
     held: list[dict[str, str]],
     folder: Path,
+    planned_seconds: float,
 ) -> tuple[Any, dict[str, Any]]:
     """One training from the tuned model: the trainer, and its metrics with those of the held-out pairs."""
     trainer = preference_trainer(p, setup, setup.model(adapters=[tuned]), tokenizer, pairs, held, folder)
-    ran = run_training(trainer, f"{p.preference_loss} β {p.dpo_beta:g}")
+    ran = run_training(trainer, f"{p.preference_loss} β {p.dpo_beta:g}", planned_seconds)
     if len(trainer.train_dataset) != len(pairs) * (1 if OBJECTIVES[p.preference_loss].paired else 2):
         raise ModelError("TRL dropped preference pairs that the kit had counted as usable")
     ran |= logged(trainer)

@@ -119,7 +119,9 @@ def prepare_pairs(given: Sequence, tokenizer: Any, tokens: int, split: str, most
     return pairs
 
 
-def train_reward(setup: Setup, tokenizer: Any, pairs: Rows, folder: Path) -> tuple[Any, dict[str, Any]]:
+def train_reward(
+    setup: Setup, tokenizer: Any, pairs: Rows, folder: Path, planned_seconds: float
+) -> tuple[Any, dict[str, Any]]:
     """The trainer, and the metrics, of a reward model fitted to `pairs`; `folder` is for its log."""
     model = untrained(setup.model(), tokenizer.pad_token_id)
     adapter = setup.new_adapter()
@@ -133,7 +135,7 @@ def train_reward(setup: Setup, tokenizer: Any, pairs: Rows, folder: Path) -> tup
             model, args, train_dataset=rows, processing_class=tokenizer, peft_config=adapter
         )
     adapters.widen_trained(trainer.model)
-    return trainer, run_training(trainer, "reward model")
+    return trainer, run_training(trainer, "reward model", planned_seconds)
 
 
 def reward_scores(judge: Judge, held: Rows) -> dict[str, Any]:
@@ -242,15 +244,15 @@ def reward_and_policy(p: RewardAndPolicy, lake: Lake) -> Manifest:
             prepare_prompts(r, tokenizer, policy.fit, n) for r, n in zip(rows, (policy.fit.step_rows, 1))
         ]
         held = prepare(rows[1][: p.eval_rows], tokenizer, p.max_tokens)
-        for setup in (reward, policy):  # before the first is trained for nothing
-            require_fit(setup, rows_tokens=[setup.fit.tokens])
-        fitted, learned = train_reward(reward, tokenizer, pairs, Path(temp, "r"))
+        # both before the first is trained for nothing
+        reward_plan, policy_plan = (require_fit(s, rows_tokens=[s.fit.tokens]) for s in (reward, policy))
+        fitted, learned = train_reward(reward, tokenizer, pairs, Path(temp, "r"), reward_plan.seconds)
         judge = Judge(fitted.model, tokenizer)
         learned |= reward_scores(judge, unseen)
         model = policy.model(adapters=[lake.local_folder(tuned, "model")])
         trainer = build_policy(p, policy, model, judge, asked, Path(temp, "p"))
         before, first = measure_policy(trainer, judge, held, p.seed, "before")
-        ran = run_training(trainer, f"policy {p.policy_objective}")
+        ran = run_training(trainer, f"policy {p.policy_objective}", policy_plan.seconds)
         steps = [entry for entry in trainer.state.log_history if "loss" in entry]
         if abs(first_kl := steps[0].get("kl", 0.0)) > 1e-3:
             raise ModelError(f"the first KL is {first_kl:.4f}: the reference is not the tuned model")

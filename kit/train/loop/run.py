@@ -43,7 +43,7 @@ def work_folder(lake: Lake, out: StageWriter, keep: bool) -> Iterator[Path]:
             return
         code = code_identity(out.p.stage)["source_sha256"]
         key = Work.of(out.p.identity(), out.inputs, code).key[:12]
-        # checkpoints are written in place and read back at once, which an object store does not do: they stay here
+        # transformers writes and reads checkpoints in a local folder only
         base = Path(lake.root) if lake.uri == lake.root else ROOT / ".cache" / "work"
         folder = base / "models" / out.p.run / "_work" / f"{out.p.stage}-{key}"
         folder.mkdir(parents=True, exist_ok=True)

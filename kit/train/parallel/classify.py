@@ -68,7 +68,7 @@ def classify(p: ClassifySentiment, lake: Lake) -> Manifest:
         lengths = [[len(encoded[i]) for i in step] for step in steps]
         config = AutoConfig.from_pretrained(folder / START)
         ways = {name: jobs(p, name) for name in ("one", *p.strategies)}
-        # all of them before the first starts: the last one's error would come after an hour
+        # all of them before the first starts, not each when its turn comes
         for name, (job, ranks) in ways.items():
             require(name, job, ranks, config)
         way_rows: list[dict[str, Any]] = []

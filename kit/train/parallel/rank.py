@@ -136,7 +136,7 @@ def main(folder: Path) -> None:
     job = RankJob(**json.loads((folder / JOB).read_text(encoding="utf-8")))
     gpu, rank = torch.cuda.is_available(), int(os.environ["RANK"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
-    set_threads(job.threads)  # before the first matmul: torch sizes its pool once
+    set_threads(job.threads)  # before anything is computed or measured
     try:
         if gpu:
             torch.cuda.set_device(device)

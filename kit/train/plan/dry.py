@@ -112,7 +112,6 @@ def _counted(
     config: PretrainedConfig, layers: int, p: Tuning, dtype: torch.dtype, mixed: bool
 ) -> tuple[np.ndarray, nn.Module, ModelFlops]:
     """Weights and bytes saved, the model cut to `layers`, and its FLOPs."""
-    # the first layers, as in some models the last differ
     had = config.get_text_config().num_hidden_layers
     config = with_layers(config, [min(i, had - 1) for i in range(layers)])
     with torch.device("meta"):

@@ -255,7 +255,7 @@ def _probe(model: nn.Module) -> tuple[list[_Matmul], list[tuple[int, bool]]]:
     """Every matmul of one row's forward pass; of every attention its window, and whether it is causal."""
     device = next(model.parameters()).device
     was_training = model.training
-    model.eval()  # dropout would let autograd keep other tensors than a run without it
+    model.eval()  # saved tensors are counted, and dropout would save its masks
     try:
         with _Probe(model) as probe:
             ids = torch.zeros((1, PROBE_TOKENS), dtype=torch.long, device=device)

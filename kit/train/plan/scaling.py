@@ -158,9 +158,8 @@ def predict(work: StepWork, links: Links, strategy: str, ranks: int, tensor: int
     # rows are dealt out whole, so the fullest rank decides: its share of the batch, and the passes it needs
     most = math.ceil(work.rows / copies)
     share = most / work.rows if work.rows else 1 / copies
-    passes = math.ceil(
-        share * work.microbatches - 1e-9
-    )  # a share of exactly one pass must not round up to two
+    # less a hair: a share of exactly one pass must not round up to two
+    passes = math.ceil(share * work.microbatches - 1e-9)
     chunks = (work.chunks or work.microbatches) if stages > 1 else work.microbatches
 
     # seconds of arithmetic: on one device, and on the slowest rank, whose stage has its layers and one end

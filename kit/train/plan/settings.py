@@ -50,7 +50,7 @@ def recipe(
     Raises `ValueError` for an attention kernel that is not here.
     """
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    # each line is one way in which the kit is faster than `STOCK`; 80 measures them one by one
+    # each line stands against the same line of `STOCK`; 80 measures what it is worth
     return {
         "weights": "bfloat16" if bf16 and not full else "float32",  # trained ones: small updates would vanish
         "autocast": bf16 and (full or gpu),

@@ -174,26 +174,31 @@ class DistillTrainer(Metered, SFTTrainer):
         `CHUNK` positions at a time go back to the hidden states at once; the trainer's backward pass begins there.
         """
         own = self.state.global_step >= self.own_from
-        alpha = 0.0 if not self.teacher else 1.0 if own else self.p.distill_alpha
-        how = (self.p.distill_temperature, self.p.on_policy_beta if own else 0.0)
+        temperature, beta = self.p.distill_temperature, self.p.on_policy_beta if own else 0.0
+        # the teacher's share: none without one, all of it on texts that the student has written itself
+        share_with_teacher = 1.0 if own else self.p.distill_alpha
+        alpha = share_with_teacher if self.teacher else 0.0
+
         batch = [inputs[name] for name in ("input_ids", "attention_mask", "labels")]
-        total = torch.zeros(2, device=model.device)
+        total = torch.zeros(2, device=model.device)  # cross-entropy and divergence, nats a token
         with self.accelerator.autocast():
-            hidden, labels = scored(model, *batch)
-            cut = hidden.detach().requires_grad_()
+            hidden, labels = scored(model, *batch)  # [n, width], [n]: the n positions that count
             taught = scored(self.teacher, *batch)[0] if self.teacher else hidden
-            for mine, theirs, said in zip(
-                *(tensor.split(CHUNK) for tensor in (cut, taught, labels)), strict=True
-            ):
-                aim = self.teacher.get_output_embeddings()(theirs) if self.teacher else None
-                losses = distillation_losses(model.get_output_embeddings()(mine), aim, said, *how) / len(
-                    labels
-                )
+            # Logits [n, vocabulary] of both models would be the largest tensors of the step. So the graph is cut at the
+            # hidden states: each chunk's logits go back to `cut.grad` and are freed before the next is made.
+            cut = hidden.detach().requires_grad_()
+            chunks = zip(cut.split(CHUNK), taught.split(CHUNK), labels.split(CHUNK), strict=True)
+            for own_hidden, teacher_hidden, said in chunks:
+                logits = model.get_output_embeddings()(own_hidden)
+                aim = self.teacher.get_output_embeddings()(teacher_hidden) if self.teacher else None
+                losses = distillation_losses(logits, aim, said, temperature, beta) / len(labels)
                 ((1 - alpha) * losses[0] + alpha * losses[1]).backward()
                 total += losses.detach()
+
         # a model's loss on its own text says nothing about the data
         for name, value, is_logged in (("text_loss", 0, not own), ("divergence", 1, self.teacher)):
             self._metrics["train"][name].append(total[value].item() if is_logged else math.nan)
+        # what is returned has the loss's value and, as d(back)/d(hidden) = cut.grad, its gradient
         back = (hidden * cut.grad).sum()
         return (1 - alpha) * total[0] + alpha * total[1] + back - back.detach()
 

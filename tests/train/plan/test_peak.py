@@ -2,6 +2,7 @@
 
 import torch
 
+from kit.train.plan import peak
 from kit.train.plan.peak import PEAKS, TYPES, measured_peak, peak_of
 
 
@@ -14,3 +15,15 @@ def test_peaks_are_those_of_data_sheets_and_unknown_gpus_have_none():
     for row in PEAKS.values():
         assert len(row) == len(TYPES) and sorted(filter(None, row)) == [*filter(None, row)]
     assert measured_peak(64, torch.float32, seconds=0.01) > 0
+
+
+def test_the_peak_is_looked_for_as_layers_multiply_too(monkeypatch) -> None:
+    transposed = []
+
+    def mm(a, b, out):
+        transposed.append(not b.is_contiguous())
+        return out
+
+    monkeypatch.setattr(peak.torch, "mm", mm)
+    measured_peak(8, torch.float32, seconds=0.0)
+    assert transposed.count(True) >= 2 and transposed.count(False) >= 2, "each twice: the first warms up"
